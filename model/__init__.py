@@ -1,0 +1,1 @@
+"""A checkpoint that turns chunks of tokens into next tokens."""

@@ -1,0 +1,146 @@
+"""Chunk and Sampling: the words that server and model share. No torch here.
+
+A prompt chunk and a decode token are both a Chunk: above the kernels there are no phases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Sampling:
+    """How one token is drawn from the logits of a row.
+
+    Order of operations: logit_bias, suppressed ids, repetition / presence / frequency penalties,
+    temperature, then top_k, min_p, top_p. `temperature` 0 is greedy. `top_k` 0 is off.
+    Presence and frequency penalties count generated tokens only; the repetition penalty looks at
+    prompt and generated tokens. The noise of the n-th generated token is a function of (seed, n)
+    alone, so that a seed gives the same text in every batch.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    logprobs: int | None = None  # None: none; n: that of the drawn token and of the n best
+
+    @property
+    def penalised(self) -> bool:
+        """Whether a row needs the record of the tokens it has seen."""
+        return (
+            self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class Chunk:
+    """Tokens of one sequence to compute in this step.
+
+    tokens:   ids at positions start .. start + len(tokens) - 1, at least one.
+    start:    how many tokens are already folded into the slot; 0 means that the slot's old content
+              is ignored, whatever it is.
+    slot:     state slot of the sequence, 0 <= slot < Capacity.slots.
+    blocks:   KV blocks that cover positions 0 .. start + len(tokens) - 1, in order (hybrids only).
+    sampling: None while more of the prompt follows; else one token is drawn from the last row.
+    generated: how many tokens this sequence has generated so far (counter of the noise).
+    suppress: ids that may not be drawn in this step.
+    prompt:   whether these tokens belong to the prompt (they count for the repetition penalty only).
+    """
+
+    tokens: Sequence[int]
+    start: int
+    slot: int
+    blocks: Sequence[int] = ()
+    sampling: Sampling | None = None
+    generated: int = 0
+    suppress: Sequence[int] = ()
+    prompt: bool = True
+
+
+@dataclass(slots=True)
+class Sampled:
+    """A drawn token. token -1: the logits were not finite, the request must fail.
+
+    logprob and top (id, log-probability; best first) are of the model's distribution before
+    temperature and filters, and are given when Sampling.logprobs is not None.
+    """
+
+    token: int
+    logprob: float | None = None
+    top: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass(slots=True, frozen=True)
+class Place:
+    """Where the state of one sequence lies: in a slot and blocks of the device, or saved on the host.
+
+    Exactly one of slot and key is given. `position` is how many tokens the state has folded in.
+    """
+
+    slot: int | None = None
+    blocks: tuple[int, ...] = ()
+    key: str | None = None
+    position: int = 0
+
+
+@dataclass(slots=True, frozen=True)
+class Copy:
+    """Copy a state bit for bit from source to target; target None forgets a saved source."""
+
+    source: Place
+    target: Place | None
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Capacity:
+    """What a loaded model can hold.
+
+    state_bytes is the size of one slot, block_bytes that of one KV block over all layers (0 for a
+    model without full softmax layers, whose `blocks` and `block_size` are 0 too).
+    max_model_len is None for a model whose sequences may grow without bound.
+    """
+
+    slots: int
+    state_bytes: int
+    blocks: int = 0
+    block_size: int = 0
+    block_bytes: int = 0
+    max_model_len: int | None = None
+    vocab_size: int = 0
+    device: str = "cpu"
+    fingerprint: str = ""
+
+
+class OutOfDeviceMemory(Exception):
+    """A step ran out of device memory: its requests are lost, the runner goes on."""
+
+
+class Runner(Protocol):
+    """What the engine needs of a model; a fake one for tests is a few lines."""
+
+    capacity: Capacity
+
+    def step(self, chunks: list[Chunk]) -> list[Sampled | None]:
+        """Fold each chunk into its slot; draw a token where sampling is given (same order).
+
+        Raises OutOfDeviceMemory, after which the slots of these chunks hold garbage.
+        """
+        ...
+
+    def copy(self, copies: list[Copy]) -> None:
+        """Carry out the copies in order, ordered with the steps before and after."""
+        ...
+
+    def device_memory(self) -> int:
+        """Bytes of device memory (process memory on the CPU) held now."""
+        ...

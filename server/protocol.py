@@ -1,0 +1,108 @@
+"""Every message that passes between the API process and the engine process, as msgspec structs.
+
+Token ids travel as raw little-endian int32 bytes. Times are time.monotonic(), which the processes
+of one host share. Encoded with msgpack over ZeroMQ ipc sockets; nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+import msgspec
+
+from model.chunk import Capacity, Sampling
+
+
+class Generate(msgspec.Struct, tag=True, kw_only=True):
+    """Continue a prompt. `max_tokens` bounds the generated tokens, at least 1.
+
+    Generation ends with reason "stop" when an id of stop_token_ids is drawn (not before
+    min_tokens, until when these ids are suppressed), with "length" at max_tokens or at the
+    model's maximum length.
+    """
+
+    id: str
+    tokens: bytes
+    sampling: Sampling
+    max_tokens: int
+    min_tokens: int = 0
+    stop_token_ids: list[int] = []
+
+
+class Abort(msgspec.Struct, tag=True):
+    """Forget these requests wherever they are; unknown or ended ids are no error."""
+
+    ids: list[str]
+
+
+class TokenLogprob(msgspec.Struct, array_like=True):
+    """Log-probability of a drawn token and of the best ones, (id, log-probability) best first."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Output(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """News of one request.
+
+    tokens:   newly generated ids, raw int32; the stop id itself is the last when finish is "stop".
+    finish:   None while it goes on; "stop", "length" or "error" when it ended.
+    error:    what went wrong, with finish "error".
+    computed: prompt tokens folded in so far.
+    cached:   prompt tokens that were taken from a checkpoint.
+    started:  when its slot was taken, once known.
+    """
+
+    id: str
+    tokens: bytes = b""
+    logprobs: list[TokenLogprob] | None = None
+    finish: str | None = None
+    error: str | None = None
+    computed: int = 0
+    cached: int = 0
+    started: float | None = None
+
+
+class Stats(msgspec.Struct, kw_only=True):
+    """The engine after a step: gauges, and what this step did."""
+
+    running: int
+    waiting: int
+    slots_used: int
+    slots_total: int
+    blocks_used: int = 0
+    blocks_total: int = 0
+    step_tokens: int = 0
+    preemptions: int = 0  # since the engine started
+    device_memory: int = 0
+
+
+class Step(msgspec.Struct, tag=True, kw_only=True):
+    """What one engine step brought: all its outputs in one message, and the gauges after it."""
+
+    outputs: list[Output]
+    stats: Stats
+
+
+class Ready(msgspec.Struct, tag=True, kw_only=True):
+    """The engine has loaded and warmed up; seconds is start-up time by phase."""
+
+    capacity: Capacity
+    stats: Stats
+    seconds: dict[str, float]
+
+
+ToEngine = Generate | Abort
+FromEngine = Ready | Step
+
+
+def pack_tokens(ids: list[int] | array[int]) -> bytes:
+    """Ids as raw int32."""
+    return array("i", ids).tobytes()
+
+
+def unpack_tokens(data: bytes) -> array[int]:
+    """Raw int32 as ids."""
+    ids = array("i")
+    ids.frombytes(data)
+    return ids

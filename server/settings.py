@@ -1,0 +1,75 @@
+"""One frozen Settings object: its fields are the command line's flags and STEADYSTATE_* variables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """What a server is started with. Flags win over variables, variables over defaults."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="STEADYSTATE_", frozen=True, extra="forbid", protected_namespaces=()
+    )
+
+    model: str = Field("recall", description="checkpoint directory, or the name of a bundled model")
+    served_model_name: str | None = Field(None, description="id under /v1/models; default: the directory's name")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    api_key: tuple[str, ...] = Field((), description="accepted API keys, comma separated; none: open to all")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of weights and activations; auto: bfloat16 on CUDA, float32 on the CPU"
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads of the engine; default: all cores")
+
+    max_running: int = Field(256, ge=1, description="sequences computed at a time, one state slot each")
+    memory_fraction: float = Field(0.9, gt=0, le=1, description="of device memory, for weights, states and KV blocks")
+    state_memory_gb: float | None = Field(
+        None, gt=0, description="budget for states and KV blocks in GB; default: what memory_fraction leaves (CPU: 4)"
+    )
+    max_model_len: int | None = Field(
+        None, ge=2, description="most tokens of a sequence; default: none for a pure model, else what the KV budget holds"
+    )
+    max_step_tokens: int | None = Field(
+        None, ge=1, description="token budget of one engine step; default: 8192 on CUDA, 2048 on the CPU"
+    )
+
+    default_max_tokens: int = Field(4096, ge=1, description="chat: tokens generated when the request names no bound")
+    max_queue_requests: int = Field(1024, ge=1, description="requests waiting for a slot before 429")
+    max_queue_tokens: int = Field(64_000_000, ge=1, description="prompt tokens waiting before 429")
+    max_body_bytes: int = Field(256_000_000, ge=1024, description="largest request body")
+    max_n: int = Field(128, ge=1, description="most completions of one request: n times prompts")
+    keepalive_seconds: float = Field(10.0, gt=0, description="an SSE comment after so long a silence")
+    drain_seconds: float = Field(60.0, ge=0, description="after SIGTERM: how long running requests may finish")
+
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _split_keys(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(key.strip() for key in value.split(",") if key.strip())
+        return value
+
+    @property
+    def bundled(self) -> Path:
+        """Directory of the models that ship with the package."""
+        return Path(__file__).parent.parent / "model" / "bundled"
+
+    @property
+    def model_path(self) -> Path:
+        """Directory of the checkpoint."""
+        bundled = self.bundled / self.model
+        if "/" not in self.model and bundled.is_dir() and not Path(self.model).is_dir():
+            return bundled
+        return Path(self.model)
+
+    @property
+    def model_id(self) -> str:
+        """The name under which the model is served."""
+        return self.served_model_name or self.model_path.resolve().name
