@@ -55,6 +55,8 @@ class Chunk:
     generated: how many tokens this sequence has generated so far (counter of the noise).
     suppress: ids that may not be drawn in this step.
     prompt:   whether these tokens belong to the prompt (they count for the repetition penalty only).
+    penalised: whether the sequence's Sampling is penalised, so that its tokens must be remembered
+              (a prompt chunk says so too, though its sampling is None).
     """
 
     tokens: Sequence[int]
@@ -65,6 +67,7 @@ class Chunk:
     generated: int = 0
     suppress: Sequence[int] = ()
     prompt: bool = True
+    penalised: bool = False
 
 
 @dataclass(slots=True)

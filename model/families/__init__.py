@@ -1,1 +1,48 @@
-"""One file per architecture, each reading like its paper."""
+"""Families of models, one file an architecture, chosen by the name in config.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from model.batch import Batch
+from model.config import ConfigError, Fields
+from model.families.minimax import MiniMax
+from model.store import Field, Store
+from model.weights import Parameters
+
+
+class Family(Protocol):
+    """What the runner asks of a model."""
+
+    ignored: object
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_positions(self) -> int | None: ...
+
+    def slot_fields(self) -> list[Field]: ...
+
+    def block_fields(self, block_size: int) -> list[Field]: ...
+
+    def forward(self, batch: Batch, store: Store) -> torch.Tensor: ...
+
+
+FAMILIES: dict[str, Callable[[Fields, Parameters], MiniMax]] = {
+    "MiniMaxForCausalLM": MiniMax,
+}
+
+
+def build(fields: Fields, parameters: Parameters) -> MiniMax:
+    """The model that config.json names, its parameters allocated and not yet filled."""
+    family = FAMILIES.get(fields.architecture)
+    if family is None:
+        raise ConfigError(
+            f"{fields.source}: architecture {fields.architecture!r} is not served; "
+            f"served are {', '.join(FAMILIES)}"
+        )
+    return family(fields, parameters)

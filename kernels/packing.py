@@ -1,0 +1,29 @@
+"""Packing: which rows of a packed batch belong to which sequence, and to which slot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Packing:
+    """N sequences laid end to end in T = sum(lengths) rows.
+
+    lengths:    host copy of the row counts, each at least 1 (so that no kernel asks the device).
+    cu_seqlens: [N + 1] int32, row at which each sequence begins; cu_seqlens[N] == T.
+    slots:      [N] int32, the state slot of each sequence, no two alike.
+    starts:     [N] int64, tokens already folded into the slot; 0 means that the slot's content,
+                whatever it is (NaN included), counts as zero / as an empty window.
+    """
+
+    lengths: tuple[int, ...]
+    cu_seqlens: torch.Tensor
+    slots: torch.Tensor
+    starts: torch.Tensor
+
+    def __post_init__(self) -> None:
+        for index, length in enumerate(self.lengths):
+            if length < 1:
+                raise ValueError(f"sequence {index} of the batch has length {length}, at least 1 is due")

@@ -1,0 +1,93 @@
+"""Batch: the chunks of one step as tensors, in one transfer to the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+
+from kernels.packing import Packing
+from model.chunk import Chunk
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Batch:
+    """T tokens of N sequences. The first `singles` sequences have one row each, the rest follow.
+
+    ids [T], positions [T] int64; packing: all sequences; tail: those after the singles, with rows
+    counted from the first of them; tables [N, most blocks] int32, -1 where a sequence has none;
+    sample_rows [R] int64: rows whose logits are asked for, in the order of the batch.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    singles: int
+    packing: Packing
+    tail: Packing | None
+    tables: torch.Tensor
+    sample_rows: torch.Tensor
+
+    @classmethod
+    def pack(cls, chunks: list[Chunk], device: torch.device) -> Batch:
+        """Lay out chunks, which must have those of one token first."""
+        lengths = tuple(len(chunk.tokens) for chunk in chunks)
+        singles = next((i for i, n in enumerate(lengths) if n > 1), len(lengths))
+        assert all(n > 1 for n in lengths[singles:]), "chunks of one token come first"
+        rows = [0, *accumulate(lengths)]
+        starts = np.array([chunk.start for chunk in chunks], dtype=np.int64)
+        offsets = np.array(rows[:-1], dtype=np.int64)
+        long = (
+            np.concatenate([np.asarray(chunk.tokens, dtype=np.int64) for chunk in chunks]),
+            np.arange(rows[-1], dtype=np.int64) + np.repeat(starts - offsets, lengths),
+            starts,
+            np.array(
+                [rows[i + 1] - 1 for i, c in enumerate(chunks) if c.sampling is not None],
+                dtype=np.int64,
+            ),
+        )
+        most = max(len(chunk.blocks) for chunk in chunks)
+        tables = np.full((len(chunks), most), -1, dtype=np.int32)
+        for i, chunk in enumerate(chunks):
+            tables[i, : len(chunk.blocks)] = chunk.blocks
+        cu_seqlens = np.array(rows, dtype=np.int32)
+        short = (
+            cu_seqlens,
+            cu_seqlens[singles:] - singles,
+            np.array([chunk.slot for chunk in chunks], dtype=np.int32),
+            tables.ravel(),
+        )
+        ids, positions, starts_, sample_rows, cu, tail_cu, slots, tables_ = _transfer(
+            long, short, device
+        )
+        tail = None
+        if singles < len(chunks):
+            tail = Packing(lengths[singles:], tail_cu, slots[singles:], starts_[singles:])
+        return cls(
+            ids=ids,
+            positions=positions,
+            singles=singles,
+            packing=Packing(lengths, cu, slots, starts_),
+            tail=tail,
+            tables=tables_.view(len(chunks), most),
+            sample_rows=sample_rows,
+        )
+
+
+def _transfer(
+    long: tuple[np.ndarray, ...], short: tuple[np.ndarray, ...], device: torch.device
+) -> list[torch.Tensor]:
+    """int64 and int32 arrays as tensors on the device, by one copy of one buffer."""
+    wide = np.concatenate(long)
+    narrow = np.concatenate(short)
+    host = torch.empty(
+        wide.nbytes + narrow.nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda"
+    )
+    buffer = host.numpy()
+    buffer[: wide.nbytes] = wide.view(np.uint8)
+    buffer[wide.nbytes :] = narrow.view(np.uint8)
+    memory = host.to(device, non_blocking=True)
+    wides = memory[: wide.nbytes].view(torch.int64).split([a.size for a in long])
+    narrows = memory[wide.nbytes :].view(torch.int32).split([a.size for a in short])
+    return [*wides, *narrows]

@@ -1,0 +1,61 @@
+"""What config.json says, checked: every complaint names the field and the value."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A checkpoint's config.json is missing, malformed or asks for what is not implemented."""
+
+
+class Fields:
+    """The fields of one config.json, taken with a type and a bound."""
+
+    def __init__(self, values: dict[str, Any], source: str = "config.json") -> None:
+        self.values = values
+        self.source = source
+
+    @classmethod
+    def read(cls, directory: Path) -> Fields:
+        """The fields of `directory`/config.json."""
+        path = directory / "config.json"
+        if not path.is_file():
+            raise ConfigError(f"no config.json in {directory}: not a checkpoint directory")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds a {type(values).__name__}, an object is due")
+        return cls(values, str(path))
+
+    def fail(self, name: str, due: str) -> ConfigError:
+        """The complaint that field `name` is not what is due."""
+        return ConfigError(f"{self.source}: {name} is {self.values.get(name)!r}, {due} is due")
+
+    def integer(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+        """An integer of at least `least`."""
+        value = self.values.get(name, default)
+        if type(value) is not int or value < least:
+            raise self.fail(name, f"an integer >= {least}")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A number."""
+        value = self.values.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.fail(name, "a number")
+        return float(value)
+
+    def only(self, name: str, *allowed: object) -> None:
+        """The field, where it is there, must have one of the values that are implemented."""
+        if name in self.values and self.values[name] not in allowed:
+            raise self.fail(name, " or ".join(map(repr, allowed)))
+
+    @property
+    def architecture(self) -> str:
+        """The one entry of `architectures`."""
+        names = self.values.get("architectures")
+        if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+            raise self.fail("architectures", "a list of one name")
+        return names[0]

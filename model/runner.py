@@ -1,0 +1,263 @@
+"""The runner: loads a checkpoint, sizes its memory, warms up, and runs steps."""
+
+from __future__ import annotations
+
+import resource
+import time
+from contextlib import contextmanager
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from model.batch import Batch
+from model.chunk import Capacity, Chunk, Copy, OutOfDeviceMemory, Sampled, Sampling
+from model.config import ConfigError, Fields
+from model.families import Family, build
+from model.sampling import Seen, read, sample
+from model.store import Saved, Store, row_bytes
+from model.weights import Parameters, fingerprint
+
+BLOCK_SIZE = 64  # positions of a KV block
+CPU_STATE_BYTES = 4_000_000_000
+GB = 1_000_000_000
+
+
+class ModelRunner:
+    """A model with its store. Step and copy run in the order in which they are called."""
+
+    def __init__(
+        self,
+        model: Family,
+        store: Store,
+        capacity: Capacity,
+        *,
+        max_step_tokens: int,
+        seconds: dict[str, float] | None = None,
+    ) -> None:
+        self.model = model
+        self.store = store
+        self.capacity = capacity
+        self.max_step_tokens = max_step_tokens
+        self.seconds = seconds or {}
+        self.seen = Seen(model.vocab_size, store.device)
+        self.saved: dict[str, Saved] = {}
+
+    def step(self, chunks: list[Chunk]) -> list[Sampled | None]:
+        """Fold each chunk into its slot and draw the tokens that are asked for.
+
+        Raises OutOfDeviceMemory; the slots of these chunks then hold garbage, others are as before.
+        """
+        order = sorted(range(len(chunks)), key=lambda i: len(chunks[i].tokens) > 1)
+        ordered = [chunks[i] for i in order]
+        try:
+            drawn = self._run(ordered)
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise OutOfDeviceMemory(str(error).split(".")[0]) from error
+        results: list[Sampled | None] = [None] * len(chunks)
+        for i in order:
+            if chunks[i].sampling is not None:
+                results[i] = next(drawn)
+        return results
+
+    @torch.inference_mode()
+    def _run(self, chunks: list[Chunk]) -> Iterator[Sampled]:
+        batch = Batch.pack(chunks, self.store.device)
+        self.seen.record(chunks)
+        logits = self.model.forward(batch, self.store)
+        asking = [chunk for chunk in chunks if chunk.sampling is not None]
+        return iter(read(sample(logits, asking, self.seen), asking)) if asking else iter(())
+
+    @torch.inference_mode()
+    def copy(self, copies: list[Copy]) -> None:
+        """Save, restore, move or forget states, in order."""
+        for item in copies:
+            source, target = item.source, item.target
+            if target is None:
+                assert source.key is not None, "a slot is given back, not forgotten"
+                self.saved.pop(source.key, None)
+            elif source.slot is not None and target.key is not None:
+                seen = self.seen.rows.get(source.slot)
+                self.saved[target.key] = self.store.save(source.slot, source.blocks, seen)
+            elif source.key is not None and target.slot is not None:
+                saved = self.saved[source.key]
+                self.store.restore(saved, target.slot, target.blocks)
+                self._set_seen(target.slot, saved.seen)
+            elif source.slot is not None and target.slot is not None:
+                pairs = list(zip(source.blocks, target.blocks, strict=True))
+                self.store.move(source.slot, target.slot, pairs)
+                self._set_seen(target.slot, self.seen.rows.get(source.slot))
+            else:
+                raise ValueError(f"cannot copy {source} to {target}")
+
+    def _set_seen(self, slot: int, row: torch.Tensor | None) -> None:
+        self.seen.rows.pop(slot, None)
+        if row is not None:
+            self.seen.rows[slot] = row.to(self.store.device, copy=True)
+
+    def device_memory(self) -> int:
+        """Bytes of device memory that the process has reserved; on the CPU, resident bytes."""
+        if self.store.device.type == "cuda":
+            return torch.cuda.memory_reserved(self.store.device)
+        pages = int(Path("/proc/self/statm").read_text().split()[1]) if _PROC.exists() else 0
+        return pages * resource.getpagesize()
+
+    def warm_up(self, tokens: int) -> None:
+        """Run every kind of step once, so that no kernel compiles under a request.
+
+        Uses slot 0 (and the first blocks), which nobody owns yet; tokens bounds the prompt chunk.
+        """
+        blocks = range(-(-tokens // BLOCK_SIZE)) if self.capacity.blocks else ()
+        draw = Sampling(temperature=1.0, top_k=2, logprobs=1)
+        for n in sorted({1, min(tokens, 16), min(tokens, 100), tokens}):
+            zeros = [0] * n
+            self.step([Chunk(tokens=zeros, start=0, slot=0, blocks=blocks, sampling=draw)])
+        self.step([Chunk(tokens=[0], start=n, slot=0, blocks=blocks, sampling=Sampling())])
+        if self.capacity.slots > 1 and tokens >= 3:
+            one = Chunk(tokens=[0], start=1, slot=0, blocks=blocks[:1], sampling=draw)
+            two = Chunk(tokens=[0, 0], start=0, slot=1, blocks=blocks[1:2] or blocks, sampling=draw)
+            self.step([one, two])
+
+
+_PROC = Path("/proc/self/statm")
+
+
+def load_runner(
+    path: Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int | None = None,
+    max_running: int = 256,
+    memory_fraction: float = 0.9,
+    state_memory_gb: float | None = None,
+    max_model_len: int | None = None,
+    max_step_tokens: int | None = None,
+) -> ModelRunner:
+    """Load the checkpoint in `path` and make it ready to serve.
+
+    Raises ConfigError or WeightsError naming what is wrong with the checkpoint or the bounds.
+    """
+    seconds: dict[str, float] = {}
+    where = _device(device)
+    kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
+        dtype, torch.bfloat16 if where.type == "cuda" else torch.float32
+    )
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if kind == torch.float32:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    step_tokens = max_step_tokens or (8192 if where.type == "cuda" else 2048)
+
+    with _phase(seconds, "load"):
+        fields = Fields.read(path)
+        parameters = Parameters(where, kind)
+        model = build(fields, parameters)
+        parameters.fill(path, ignore=model.ignored)
+        name = fingerprint(path)
+
+    with _phase(seconds, "memory"):
+        slot_bytes = row_bytes(model.slot_fields())
+        block_bytes = row_bytes(model.block_fields(BLOCK_SIZE))
+        if state_memory_gb is not None:
+            budget = int(state_memory_gb * GB)
+        elif where.type == "cuda":
+            budget = _cuda_budget(model, where, step_tokens, max_running, memory_fraction)
+        else:
+            budget = CPU_STATE_BYTES
+        slots, blocks = divide(budget, slot_bytes, block_bytes, max_running)
+        length = longest(max_model_len, blocks, model.max_positions)
+        store = Store(
+            model.slot_fields(),
+            model.block_fields(BLOCK_SIZE),
+            slots=slots,
+            blocks=blocks,
+            device=where,
+        )
+    capacity = Capacity(
+        slots=slots,
+        state_bytes=slot_bytes,
+        blocks=blocks,
+        block_size=BLOCK_SIZE if blocks else 0,
+        block_bytes=block_bytes,
+        max_model_len=length,
+        vocab_size=model.vocab_size,
+        device=torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
+        fingerprint=name,
+    )
+    runner = ModelRunner(model, store, capacity, max_step_tokens=step_tokens, seconds=seconds)
+    with _phase(seconds, "warm_up"):
+        runner.warm_up(min(step_tokens, length or step_tokens))
+        store.slots.poison()
+    return runner
+
+
+def divide(budget: int, slot_bytes: int, block_bytes: int, max_running: int) -> tuple[int, int]:
+    """How many slots and KV blocks a budget in bytes holds.
+
+    A hybrid's slots take at most half of it, its blocks the rest. Raises ConfigError when not even
+    one sequence fits.
+    """
+    share = budget if block_bytes == 0 else budget // 2
+    slots = min(max_running, share // slot_bytes) if slot_bytes else max_running
+    blocks = (budget - slots * slot_bytes) // block_bytes if block_bytes else 0
+    if slots < 1 or (block_bytes and blocks < 1):
+        raise ConfigError(
+            f"state memory of {budget} bytes is too little: a sequence needs a slot of {slot_bytes}"
+            f" bytes{f' and blocks of {block_bytes}' if block_bytes else ''}"
+        )
+    return slots, blocks
+
+
+def longest(asked: int | None, blocks: int, positions: int | None) -> int | None:
+    """The bound on a sequence's tokens: what was asked for, what the KV blocks hold, what the
+    positions allow; None when nothing bounds it. Raises ConfigError when more is asked than fits."""
+    bounds = [n for n in (blocks * BLOCK_SIZE or None, positions) if n is not None]
+    if asked is not None and bounds and asked > min(bounds):
+        raise ConfigError(
+            f"max_model_len is {asked}, at most {min(bounds)} fit:"
+            f" {blocks} KV blocks of {BLOCK_SIZE} positions, {positions} positions in config.json"
+        )
+    return asked if asked is not None else min(bounds, default=None)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda' and no CUDA device is there")
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def _cuda_budget(
+    model: Family, device: torch.device, step_tokens: int, max_running: int, fraction: float
+) -> int:
+    """Bytes that `fraction` of the device leaves beside the weights and the largest step's peak."""
+    hybrid = bool(model.block_fields(BLOCK_SIZE))
+    blocks = -(-step_tokens // BLOCK_SIZE) if hybrid else 0
+    store = Store(
+        model.slot_fields(),
+        model.block_fields(BLOCK_SIZE),
+        slots=min(max_running, 2),
+        blocks=blocks,
+        device=device,
+    )
+    capacity = Capacity(slots=min(max_running, 2), state_bytes=0, blocks=blocks)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    ModelRunner(model, store, capacity, max_step_tokens=step_tokens).warm_up(step_tokens)
+    activations = torch.cuda.max_memory_allocated(device) - before
+    del store
+    torch.cuda.empty_cache()
+    # every running sequence may ask for a token at once: logits and their copies while sampling
+    activations += max_running * model.vocab_size * 4 * 8
+    free, total = torch.cuda.mem_get_info(device)
+    return int(free - activations - total * (1 - fraction))
+
+
+@contextmanager
+def _phase(seconds: dict[str, float], name: str) -> Iterator[None]:
+    begin = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - begin

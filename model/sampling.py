@@ -1,0 +1,182 @@
+"""Sampling: logits to ids for a whole batch on the device, one copy to the host."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from model.chunk import Chunk, Sampled, Sampling
+
+PROMPT = 1 << 30  # in Seen: this id stands in the prompt; the bits below count generated ones
+MASK64 = (1 << 64) - 1
+
+
+def uniform(seed: int, counter: int) -> float:
+    """A number in [0, 1 - 2^-32], a function of (seed, counter) alone (two rounds of splitmix64)."""
+    x = (seed * 0x9E3779B97F4A7C15 + 0x1234567) & MASK64
+    for word in (0, counter):
+        x = (x + word + 0x9E3779B97F4A7C15) & MASK64
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
+        x ^= x >> 31
+    return (x >> 32) / 2.0**32
+
+
+class Seen:
+    """Which ids each penalised sequence has seen: int32 [V] a slot, made when its slot begins."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self.vocab_size = vocab_size
+        self.device = device
+        self.rows: dict[int, torch.Tensor] = {}
+
+    def record(self, chunks: Sequence[Chunk]) -> None:
+        """Remember the tokens of penalised chunks; forget what recycled slots had seen."""
+        for chunk in chunks:
+            if chunk.start == 0:
+                self.rows.pop(chunk.slot, None)
+            if not chunk.penalised:
+                continue
+            row = self.rows.get(chunk.slot)
+            if row is None:
+                row = torch.zeros(self.vocab_size, dtype=torch.int32, device=self.device)
+                self.rows[chunk.slot] = row
+            ids = torch.tensor(chunk.tokens, dtype=torch.int64).to(self.device)
+            if chunk.prompt:
+                row[ids] |= PROMPT
+            else:
+                row.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+
+
+def sample(logits: torch.Tensor, chunks: Sequence[Chunk], seen: Seen) -> torch.Tensor:
+    """logits [R, V] float32, changed in place; chunks: the R that ask for a token.
+
+    Returns float64 [R, 2 + 2 K] on the device: id (-1 where logits are not finite), its
+    log-probability, then the K best (log-probability, id) pairs, K the most that a row asks for.
+    """
+    device = logits.device
+    wanted = [c.sampling for c in chunks if c.sampling is not None]
+    assert len(wanted) == len(logits)
+    asked = [i for i, s in enumerate(wanted) if s.logprobs is not None]
+    best = max((wanted[i].logprobs or 0 for i in asked), default=0)
+    log_probabilities = logits[asked].log_softmax(-1) if asked else None
+    finite = logits.amax(-1).isfinite()
+
+    _bias(logits, chunks)
+    penalised = [i for i, s in enumerate(wanted) if s.penalised]
+    if penalised:
+        table = torch.stack([seen.rows[chunks[i].slot] for i in penalised])
+        logits[penalised] = _penalise(logits[penalised], table, [wanted[i] for i in penalised])
+
+    ids = logits.argmax(-1)
+    plain = [i for i, s in enumerate(wanted) if s.temperature > 0 and not _filtered(s)]
+    filtered = [i for i, s in enumerate(wanted) if s.temperature > 0 and _filtered(s)]
+    for rows, draw in ((plain, _draw), (filtered, _draw_filtered)):
+        if rows:
+            noise = [uniform(wanted[i].seed, chunks[i].generated) for i in rows]
+            temperatures = _column([wanted[i].temperature for i in rows], device)
+            whole = len(rows) == len(logits)
+            picked = logits if whole else logits[rows]
+            drawn = draw(
+                picked / temperatures, _column(noise, device), [wanted[i] for i in rows], device
+            )
+            ids = drawn if whole else ids.index_copy(0, torch.tensor(rows, device=device), drawn)
+
+    result = torch.zeros(len(logits), 2 + 2 * best, dtype=torch.float64, device=device)
+    result[:, 0] = torch.where(finite, ids, -1)
+    if log_probabilities is not None:
+        result[asked, 1] = log_probabilities.gather(1, ids[asked, None])[:, 0].double()
+        values, best_ids = log_probabilities.topk(best, dim=-1)
+        result[asked, 2 : 2 + best] = values.double()
+        result[asked, 2 + best :] = best_ids.double()
+    return result
+
+
+def read(result: torch.Tensor, chunks: Sequence[Chunk]) -> list[Sampled]:
+    """The rows of sample() on the host. The one device-to-host copy of a step."""
+    best = (result.shape[1] - 2) // 2
+    samples = []
+    for row, chunk in zip(result.cpu().tolist(), chunks, strict=True):
+        sampled = Sampled(int(row[0]))
+        asked = chunk.sampling.logprobs if chunk.sampling is not None else None
+        if asked is not None:
+            sampled.logprob = row[1]
+            pairs = zip(row[2 : 2 + best], row[2 + best :], strict=True)
+            sampled.top = [(int(i), value) for value, i in pairs][:asked]
+        samples.append(sampled)
+    return samples
+
+
+def _column(values: list[float], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.array(values, dtype=np.float32)[:, None]).to(device)
+
+
+def _filtered(s: Sampling) -> bool:
+    return s.top_k > 0 or s.top_p < 1 or s.min_p > 0
+
+
+def _bias(logits: torch.Tensor, chunks: Sequence[Chunk]) -> None:
+    """Add logit_bias and forbid suppressed ids, all rows in one scatter."""
+    rows: list[int] = []
+    ids: list[int] = []
+    values: list[float] = []
+    for i, chunk in enumerate(chunks):
+        assert chunk.sampling is not None
+        for token, value in chunk.sampling.logit_bias.items():
+            rows.append(i)
+            ids.append(token)
+            values.append(value)
+        for token in chunk.suppress:
+            rows.append(i)
+            ids.append(token)
+            values.append(-math.inf)
+    if rows:
+        where = torch.tensor([rows, ids], device=logits.device)
+        amounts = torch.tensor(values, dtype=logits.dtype, device=logits.device)
+        logits.index_put_((where[0], where[1]), amounts, accumulate=True)
+
+
+def _penalise(logits: torch.Tensor, table: torch.Tensor, wanted: list[Sampling]) -> torch.Tensor:
+    """Repetition (CTRL, section 4.1), then presence and frequency (OpenAI) penalties."""
+    device = logits.device
+    counts = table & (PROMPT - 1)
+    repetition = _column([s.repetition_penalty for s in wanted], device)
+    presence = _column([s.presence_penalty for s in wanted], device)
+    frequency = _column([s.frequency_penalty for s in wanted], device)
+    repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+    logits = torch.where(table > 0, repeated, logits)
+    return logits - presence * (counts > 0) - frequency * counts
+
+
+def _invert(probabilities: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The index at which the cumulative sum passes noise [R, 1] of its total, [R, 1] int64."""
+    sums = probabilities.cumsum(-1, dtype=torch.float64)
+    found = torch.searchsorted(sums, noise.double() * sums[:, -1:], right=True)
+    return found.clamp_(max=probabilities.shape[1] - 1)
+
+
+def _draw(
+    logits: torch.Tensor, noise: torch.Tensor, wanted: list[Sampling], device: torch.device
+) -> torch.Tensor:
+    return _invert(logits.softmax(-1), noise)[:, 0]
+
+
+def _draw_filtered(
+    logits: torch.Tensor, noise: torch.Tensor, wanted: list[Sampling], device: torch.device
+) -> torch.Tensor:
+    """Draw among the top_k best, those of at least min_p times the best's probability, and the
+    fewest that hold top_p of what is left."""
+    vocab = logits.shape[1]
+    values, order = logits.sort(dim=-1, descending=True, stable=True)
+    top_k = _column([min(s.top_k or vocab, vocab) for s in wanted], device)
+    log_min_p = _column([math.log(s.min_p) if s.min_p > 0 else -math.inf for s in wanted], device)
+    top_p = _column([s.top_p for s in wanted], device)
+    ranks = torch.arange(vocab, device=device)
+    kept = (ranks < top_k) & (values >= values[:, :1] + log_min_p)
+    probabilities = values.masked_fill(~kept, -math.inf).softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities = probabilities.masked_fill((before >= top_p) & (ranks > 0), 0.0)
+    return order.gather(1, _invert(probabilities, noise))[:, 0]

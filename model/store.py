@@ -1,0 +1,108 @@
+"""Store: the device memory that outlives a step. Slots with states and windows, and KV blocks.
+
+A slot is one contiguous row of bytes, so that a state is copied out and in by one transfer;
+layers see strided views of it. KV blocks are laid out likewise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+ALIGNMENT = 256  # bytes; vector loads and copies want aligned fields
+
+
+@dataclass(slots=True, frozen=True)
+class Field:
+    """One tensor that every slot (or block) holds: its name, shape and dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Size in bytes, rounded up to the alignment."""
+        return -(-prod(self.shape) * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+
+
+def row_bytes(fields: list[Field]) -> int:
+    """Bytes of one row that holds all fields."""
+    return sum(field.bytes for field in fields)
+
+
+class Rows:
+    """`count` rows of bytes on a device, each holding every field; views[name] is [count, *shape]."""
+
+    def __init__(self, fields: list[Field], count: int, device: torch.device) -> None:
+        self.count = count
+        self.bytes = row_bytes(fields)
+        self.memory = torch.empty(count, self.bytes, dtype=torch.uint8, device=device)
+        self.views: dict[str, torch.Tensor] = {}
+        offset = 0
+        for field in fields:
+            size = prod(field.shape) * field.dtype.itemsize
+            view = self.memory[:, offset : offset + size].view(field.dtype)
+            self.views[field.name] = view.unflatten(1, field.shape)
+            offset += field.bytes
+        self.poison()
+
+    def poison(self) -> None:
+        """Fill floating-point fields with NaN: whoever reads what nobody wrote is found out."""
+        for view in self.views.values():
+            view.fill_(float("nan"))
+
+
+@dataclass(slots=True, frozen=True)
+class Saved:
+    """A state on the host: one slot's bytes and those of its blocks, and the tokens it has seen."""
+
+    slot: torch.Tensor
+    blocks: torch.Tensor
+    seen: torch.Tensor | None
+
+
+class Store:
+    """All slots and KV blocks of a model.
+
+    slot_fields are per slot, block_fields per block of block_size positions.
+    """
+
+    def __init__(
+        self,
+        slot_fields: list[Field],
+        block_fields: list[Field],
+        *,
+        slots: int,
+        blocks: int,
+        device: torch.device,
+    ) -> None:
+        self.device = device
+        self.slots = Rows(slot_fields, slots, device)
+        self.blocks = Rows(block_fields, blocks, device)
+
+    def save(self, slot: int, blocks: tuple[int, ...], seen: torch.Tensor | None) -> Saved:
+        """Copy a slot and blocks to host memory, bit for bit."""
+        index = torch.tensor(blocks, dtype=torch.int64, device=self.device)
+        host = torch.device("cpu")
+        return Saved(
+            slot=self.slots.memory[slot].to(host, copy=True),
+            blocks=self.blocks.memory[index].to(host),
+            seen=None if seen is None else seen.to(host, copy=True),
+        )
+
+    def restore(self, saved: Saved, slot: int, blocks: tuple[int, ...]) -> None:
+        """Copy a saved state into a slot and blocks, as many blocks as were saved."""
+        if len(blocks) != len(saved.blocks):
+            raise ValueError(f"{len(saved.blocks)} blocks were saved, {len(blocks)} are given")
+        self.slots.memory[slot].copy_(saved.slot)
+        index = torch.tensor(blocks, dtype=torch.int64, device=self.device)
+        self.blocks.memory[index] = saved.blocks.to(self.device)
+
+    def move(self, source: int, target: int, blocks: list[tuple[int, int]]) -> None:
+        """Copy a slot to another and each block to its pair, on the device."""
+        self.slots.memory[target].copy_(self.slots.memory[source])
+        for from_block, to_block in blocks:
+            self.blocks.memory[to_block].copy_(self.blocks.memory[from_block])
