@@ -10,7 +10,9 @@ import torch.nn.functional as F
 
 def alibi_slopes(heads: int) -> torch.Tensor:
     """2^(-8 (h + 1) / H) for h = 0 .. H-1, float64 [H] (ALiBi, section 3; any H)."""
-    return torch.tensor([2.0 ** (-8.0 * (h + 1) / heads) for h in range(heads)], dtype=torch.float64)
+    return torch.tensor(
+        [2.0 ** (-8.0 * (h + 1) / heads) for h in range(heads)], dtype=torch.float64
+    )
 
 
 def rotary_frequencies(dim: int, theta: float, device: torch.device) -> torch.Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -113,7 +113,7 @@ class ModelRunner:
         for n in sorted({1, min(tokens, 16), min(tokens, 100), tokens}):
             zeros = [0] * n
             self.step([Chunk(tokens=zeros, start=0, slot=0, blocks=blocks, sampling=draw)])
-        self.step([Chunk(tokens=[0], start=n, slot=0, blocks=blocks, sampling=Sampling())])
+        self.step([Chunk(tokens=[0], start=tokens - 1, slot=0, blocks=blocks, sampling=Sampling())])
         if self.capacity.slots > 1 and tokens >= 3:
             one = Chunk(tokens=[0], start=1, slot=0, blocks=blocks[:1], sampling=draw)
             two = Chunk(tokens=[0, 0], start=0, slot=1, blocks=blocks[1:2] or blocks, sampling=draw)
@@ -227,7 +227,9 @@ def _device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda' and no CUDA device is there")
-    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+    return (
+        torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+    )
 
 
 def _cuda_budget(

@@ -24,18 +24,20 @@ class Parameters:
         self.dtype = dtype
         self.places: dict[str, torch.Tensor] = {}
 
+    def empty(self, *shape: int) -> torch.Tensor:
+        """A parameter whose parts the caller enters in `places`."""
+        return torch.empty(shape, device=self.device, dtype=self.dtype)
+
     def tensor(self, name: str, *shape: int) -> torch.Tensor:
         """A parameter that one checkpoint tensor fills."""
-        parameter = torch.empty(shape, device=self.device, dtype=self.dtype)
+        parameter = self.empty(*shape)
         self.places[name] = parameter
         return parameter
 
     def rows(self, names_and_rows: Iterable[tuple[str, int]], columns: int) -> torch.Tensor:
         """One matrix [sum of rows, columns] of several checkpoint tensors, so that one GEMM does."""
         parts = list(names_and_rows)
-        parameter = torch.empty(
-            sum(n for _, n in parts), columns, device=self.device, dtype=self.dtype
-        )
+        parameter = self.empty(sum(n for _, n in parts), columns)
         for (name, _), view in zip(parts, parameter.split([n for _, n in parts]), strict=True):
             self.places[name] = view
         return parameter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Protocol
 
@@ -17,7 +18,8 @@ from model.weights import Parameters
 class Family(Protocol):
     """What the runner asks of a model."""
 
-    ignored: object
+    @property
+    def ignored(self) -> re.Pattern[str]: ...
 
     @property
     def vocab_size(self) -> int: ...
@@ -32,12 +34,12 @@ class Family(Protocol):
     def forward(self, batch: Batch, store: Store) -> torch.Tensor: ...
 
 
-FAMILIES: dict[str, Callable[[Fields, Parameters], MiniMax]] = {
+FAMILIES: dict[str, Callable[[Fields, Parameters], Family]] = {
     "MiniMaxForCausalLM": MiniMax,
 }
 
 
-def build(fields: Fields, parameters: Parameters) -> MiniMax:
+def build(fields: Fields, parameters: Parameters) -> Family:
     """The model that config.json names, its parameters allocated and not yet filled."""
     family = FAMILIES.get(fields.architecture)
     if family is None:

@@ -62,7 +62,9 @@ class MiniMaxConfig:
         kv_heads = fields.integer("num_key_value_heads")
         if heads % kv_heads:
             raise fields.fail("num_key_value_heads", f"a divisor of {heads}")
-        window = fields.integer("sliding_window", least=2) if _given(fields, "sliding_window") else 0
+        window = (
+            fields.integer("sliding_window", least=2) if _given(fields, "sliding_window") else 0
+        )
         types = fields.values.get("layer_types")
         names = {
             "linear_attention": "lightning",
@@ -185,9 +187,8 @@ class Experts:
         count, width, hidden = config.experts, config.intermediate, config.hidden
         self.top = config.experts_per_token
         self.router = parameters.tensor(f"{prefix}.gate.weight", count, hidden)
-        empty = {"device": parameters.device, "dtype": parameters.dtype}
-        self.gate_up = torch.empty(count, 2 * width, hidden, **empty)
-        self.down = torch.empty(count, hidden, width, **empty)
+        self.gate_up = parameters.empty(count, 2 * width, hidden)
+        self.down = parameters.empty(count, hidden, width)
         for e in range(count):
             name = f"{prefix}.experts.{e}"
             parameters.places[f"{name}.w1.weight"] = self.gate_up[e, :width]

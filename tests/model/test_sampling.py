@@ -16,7 +16,11 @@ LOGITS = [2.0, 1.0, 0.5, 0.0, -1.0, -3.0]
 
 
 def draw(
-    rows: list[Sampling], logits: torch.Tensor, *, generated: int = 0, suppress: tuple[int, ...] = ()
+    rows: list[Sampling],
+    logits: torch.Tensor,
+    *,
+    generated: int = 0,
+    suppress: tuple[int, ...] = (),
 ) -> list[Sampled]:
     chunks = [
         Chunk(tokens=[0], start=1, slot=i, sampling=s, generated=generated, suppress=suppress)

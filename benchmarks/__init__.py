@@ -1,0 +1,1 @@
+"""What the README's numbers come from: each file is run as `python -m benchmarks.NAME`."""

@@ -1,0 +1,86 @@
+"""The form of a result: one JSON file a benchmark and card, rows with floor, goal and peers."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(slots=True, kw_only=True)
+class Row:
+    """One measured value. peers: the same work done by others in the same run."""
+
+    work: str
+    value: float
+    unit: str
+    better: str  # "lower" or "higher"
+    floor: float | None = None
+    goal: float | None = None
+    peers: dict[str, float] = field(default_factory=dict)
+
+
+def device_name() -> str:
+    """The GPU's name, or the processor's with the number of cores in use."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
+    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+
+
+def commit() -> str:
+    """The commit that was measured, marked where the tree had changes."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        where = Path(__file__).parent
+        return subprocess.run(
+            command, cwd=where, check=True, capture_output=True, text=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("STEADYSTATE_COMMIT", "unknown")
+
+
+def write(bench: str, rows: list[Row], **measured: Any) -> Path:
+    """Write results/<bench>-<card>.json and print the rows."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "triton", "transformers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    import torch
+
+    gpu = device_name()
+    card = gpu.split()[-1].lower() if torch.cuda.is_available() else "cpu"
+    path = RESULTS / f"{bench}-{card}.json"
+    arguments = " ".join(map(shlex.quote, sys.argv[1:]))
+    content = {
+        "command": f"python -m benchmarks.{bench} {arguments}".strip(),
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "gpu": gpu,
+        "versions": versions,
+        **measured,
+        "rows": [asdict(row) for row in rows],
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for row in rows:
+        peers = ", ".join(f"{name} {value:.4g}" for name, value in row.peers.items())
+        print(f"{row.work:58s} {row.value:12.4g} {row.unit:10s} {peers}")
+    return path
