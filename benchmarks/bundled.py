@@ -22,31 +22,7 @@ from server.protocol import Generate, pack_tokens
 from server.settings import Settings
 
 PROMPT = 2048
-WORDS = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "a",
-    "was",
-    "he",
-    "that",
-    "it",
-    "his",
-    "her",
-    "with",
-    "as",
-    "had",
-    "for",
-    "she",
-    "not",
-    "at",
-    "but",
-    "on",
-    "all",
-    "be",
-]
+WORDS = "the of and to in a was he that it his her with as had for she not at but on all".split()
 
 
 def prompts(count: int) -> list[list[int]]:

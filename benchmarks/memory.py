@@ -49,7 +49,6 @@ async def measure(settings: Settings, long: int) -> list[Row]:
         await peak(client, 8192)  # every buffer has its final size
         device_is_cpu = client.capacity.device == "cpu"
         rows = []
-        small, _ = await peak(client, 1000)
         for length in (1000, long):
             memory, slots = await peak(client, length)
             if device_is_cpu:

@@ -26,6 +26,4 @@ class Packing:
     def __post_init__(self) -> None:
         for index, length in enumerate(self.lengths):
             if length < 1:
-                raise ValueError(
-                    f"sequence {index} of the batch has length {length}, at least 1 is due"
-                )
+                raise ValueError(f"sequence {index} of the batch has length {length}, not >= 1")

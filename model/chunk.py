@@ -54,7 +54,7 @@ class Chunk:
     sampling: None while more of the prompt follows; else one token is drawn from the last row.
     generated: how many tokens this sequence has generated so far (counter of the noise).
     suppress: ids that may not be drawn in this step.
-    prompt:   whether these tokens belong to the prompt (they count for the repetition penalty only).
+    prompt:   whether these tokens belong to the prompt: only the repetition penalty counts them.
     penalised: whether the sequence's Sampling is penalised, so that its tokens must be remembered
               (a prompt chunk says so too, though its sampling is None).
     """
@@ -85,7 +85,7 @@ class Sampled:
 
 @dataclass(slots=True, frozen=True)
 class Place:
-    """Where the state of one sequence lies: in a slot and blocks of the device, or saved on the host.
+    """Where the state of one sequence lies: in a slot and blocks, or saved on the host.
 
     Exactly one of slot and key is given. `position` is how many tokens the state has folded in.
     """

@@ -1,4 +1,4 @@
-"""Layers that every family uses: slopes of the decay, rotary frequencies, the language-model head."""
+"""What every family uses: slopes of the decay, rotary frequencies, the language-model head."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rotary_frequencies(dim: int, theta: float, device: torch.device) -> torch.Te
 
 
 def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """hidden [R, D] float32, weight [V, D] -> logits [R, V] float32, as if the product were float32.
+    """hidden [R, D] float32, weight [V, D] -> logits [R, V] as if the product were float32.
 
     A bfloat16 weight stays as it is: hidden is split into two bfloat16 terms, high and low, that go
     through one bfloat16 GEMM with float32 accumulation, and the halves are added.

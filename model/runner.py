@@ -212,7 +212,7 @@ def divide(budget: int, slot_bytes: int, block_bytes: int, max_running: int) -> 
 
 def longest(asked: int | None, blocks: int, positions: int | None) -> int | None:
     """The bound on a sequence's tokens: what was asked for, what the KV blocks hold, what the
-    positions allow; None when nothing bounds it. Raises ConfigError when more is asked than fits."""
+    positions allow; None when nothing bounds it. ConfigError when more is asked than fits."""
     bounds = [n for n in (blocks * BLOCK_SIZE or None, positions) if n is not None]
     if asked is not None and bounds and asked > min(bounds):
         raise ConfigError(
@@ -227,9 +227,7 @@ def _device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda' and no CUDA device is there")
-    return (
-        torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
-    )
+    return torch.device("cuda:0") if name == "cuda" else torch.device(name)
 
 
 def _cuda_budget(

@@ -15,7 +15,7 @@ MASK64 = (1 << 64) - 1
 
 
 def uniform(seed: int, counter: int) -> float:
-    """A number in [0, 1 - 2^-32], a function of (seed, counter) alone (two rounds of splitmix64)."""
+    """A number in [0, 1 - 2^-32], a function of (seed, counter) alone (splitmix64, two rounds)."""
     x = (seed * 0x9E3779B97F4A7C15 + 0x1234567) & MASK64
     for word in (0, counter):
         x = (x + word + 0x9E3779B97F4A7C15) & MASK64

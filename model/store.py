@@ -34,7 +34,7 @@ def row_bytes(fields: list[Field]) -> int:
 
 
 class Rows:
-    """`count` rows of bytes on a device, each holding every field; views[name] is [count, *shape]."""
+    """`count` rows of bytes, each holding every field; views[name] is [count, *shape]."""
 
     def __init__(self, fields: list[Field], count: int, device: torch.device) -> None:
         self.count = count

@@ -17,7 +17,7 @@ class WeightsError(ValueError):
 
 
 class Parameters:
-    """Allocates parameters on a device and remembers which checkpoint tensor fills which of them."""
+    """Allocates parameters and remembers which checkpoint tensor fills which of them."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
@@ -35,7 +35,7 @@ class Parameters:
         return parameter
 
     def rows(self, names_and_rows: Iterable[tuple[str, int]], columns: int) -> torch.Tensor:
-        """One matrix [sum of rows, columns] of several checkpoint tensors, so that one GEMM does."""
+        """One matrix [sum of rows, columns] of several checkpoint tensors: one GEMM does."""
         parts = list(names_and_rows)
         parameter = self.empty(sum(n for _, n in parts), columns)
         for (name, _), view in zip(parts, parameter.split([n for _, n in parts]), strict=True):

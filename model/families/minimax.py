@@ -1,6 +1,6 @@
 """MiniMax-Text-01 (arXiv 2501.08313) in the layout of transformers' MiniMaxForCausalLM.
 
-Post-norm residual: h = norm(x); x' = alpha h + beta mixer(h); the residual stream is the normed one.
+Post-norm residual: h = norm(x); x' = alpha h + beta mixer(h); the stream is the normed one.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class MiniMaxConfig:
         if heads % kv_heads:
             raise fields.fail("num_key_value_heads", f"a divisor of {heads}")
         window = (
-            fields.integer("sliding_window", least=2) if _given(fields, "sliding_window") else 0
+            fields.integer("sliding_window", least=2)
+            if fields.values.get("sliding_window") is not None
+            else 0
         )
         types = fields.values.get("layer_types")
         names = {
@@ -107,10 +109,6 @@ class MiniMaxConfig:
                 for kind in ("linear_attn", "full_attn", "mlp")
             },
         )
-
-
-def _given(fields: Fields, name: str) -> bool:
-    return fields.values.get(name) is not None
 
 
 class LightningMixer:
