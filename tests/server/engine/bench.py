@@ -1,0 +1,117 @@
+"""A scheduler and a fake runner on the bench: step by step, everything recorded."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from model.chunk import Capacity, Sampling
+from server.engine.scheduler import Scheduler, Work
+from server.protocol import Generate, Output, pack_tokens, unpack_tokens
+from tests.server.fake_engine import FakeRunner, next_token
+
+VOCAB = 97
+
+
+def capacity(**fields: Any) -> Capacity:
+    return Capacity(**({"slots": 4, "state_bytes": 8, "vocab_size": VOCAB} | fields))
+
+
+def generate(
+    id: str, prompt: Sequence[int] | int, max_tokens: int = 5, *, logprobs: int | None = None,
+    min_tokens: int = 0, stop: Sequence[int] = (),
+) -> Generate:  # fmt: skip
+    """A prompt, or one of so many tokens; greedy."""
+    if isinstance(prompt, int):
+        prompt = [(7 * i + len(id)) % VOCAB for i in range(prompt)]
+    return Generate(
+        id=id,
+        tokens=pack_tokens(list(prompt)),
+        sampling=Sampling(temperature=0.0, logprobs=logprobs),
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        stop_token_ids=list(stop),
+    )
+
+
+def alone(message: Generate, max_length: int | None = None) -> tuple[list[int], str]:
+    """What a request yields in an engine of its own: its tokens and its finish."""
+    tokens = unpack_tokens(message.tokens)
+    generated: list[int] = []
+    while True:
+        stops = message.stop_token_ids
+        suppress = stops if len(generated) < message.min_tokens else []
+        token = next_token(tokens, VOCAB, suppress)
+        tokens.append(token)
+        generated.append(token)
+        if token in stops and not suppress:
+            return generated, "stop"
+        if len(generated) == message.max_tokens or len(tokens) == max_length:
+            return generated, "length"
+
+
+class Bench:
+    """Runs a scheduler against a fake runner and gathers what comes out for whom."""
+
+    def __init__(self, *, max_step_tokens: int = 64, **fields: Any) -> None:
+        self.runner = FakeRunner(capacity=capacity(**fields), max_step_tokens=max_step_tokens)
+        self.scheduler = Scheduler(self.runner.capacity, max_step_tokens=max_step_tokens)
+        self.outputs: dict[str, list[Output]] = {}
+        self.now = 0
+
+    def add(self, *messages: Generate) -> None:
+        for message in messages:
+            self.scheduler.add(message)
+
+    def abort(self, *ids: str) -> None:
+        self.gather(self.scheduler.abort(ids))
+
+    def step(self) -> Work:
+        """One step, and the integrity of everything after it."""
+        self.now += 1
+        work = self.scheduler.schedule(float(self.now))
+        self.runner.copy(work.copies)
+        if work.chunks:
+            self.gather(self.scheduler.complete(work, self.runner.step(work.chunks)))
+        else:
+            assert self.scheduler.idle, "there is work and none is done"
+        self.scheduler.check_integrity()
+        return work
+
+    def finish(self, limit: int = 10_000) -> int:
+        """Step until idle; how many steps that took."""
+        steps = 0
+        while not self.scheduler.idle:
+            self.step()
+            steps += 1
+            assert steps < limit, "no end in sight"
+        self.step()
+        assert not self.runner.saved, "states are left on the host"
+        return steps
+
+    def gather(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            assert not self.finish_of(output.id), f"news of {output.id} after its end"
+            self.outputs.setdefault(output.id, []).append(output)
+
+    def tokens(self, id: str) -> list[int]:
+        ids = array("i")
+        for output in self.outputs.get(id, []):
+            ids.frombytes(output.tokens)
+        return list(ids)
+
+    def finish_of(self, id: str) -> str | None:
+        outputs = self.outputs.get(id)
+        return outputs[-1].finish if outputs else None
+
+    def result(self, id: str) -> tuple[list[int], str | None]:
+        return self.tokens(id), self.finish_of(id)
+
+
+def counts(work: Work) -> dict[str, int]:
+    """How many tokens of whom a step computes."""
+    return {
+        request.id: len(chunk.tokens)
+        for request, chunk in zip(work.requests, work.chunks, strict=True)
+    }

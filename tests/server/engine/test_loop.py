@@ -1,0 +1,192 @@
+"""The loop between its inbox and its runner: what it publishes, what it survives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from server.engine.loop import Loop
+from server.protocol import Abort, FromEngine, Output, Ready, Step, unpack_tokens
+from tests.server.engine.bench import alone, capacity, generate
+from tests.server.fake_engine import BUG, NAN, OOM, FakeRunner
+
+TRAP = 13
+
+
+class Post:
+    """A mailbox in memory."""
+
+    def __init__(self) -> None:
+        self.inbox: list[bytes] = []
+        self.sent: list[FromEngine] = []
+        self.waits: list[float] = []
+
+    def receive(self, timeout: float) -> list[bytes]:
+        self.waits.append(timeout)
+        messages, self.inbox = self.inbox, []
+        return messages
+
+    def send(self, message: FromEngine) -> None:
+        self.sent.append(msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=FromEngine))
+
+    def put(self, *messages: Any) -> None:
+        self.inbox += [msgspec.msgpack.encode(message) for message in messages]
+
+    def outputs(self, id: str) -> list[Output]:
+        steps = [message for message in self.sent if isinstance(message, Step)]
+        return [output for step in steps for output in step.outputs if output.id == id]
+
+    def result(self, id: str) -> tuple[list[int], str | None]:
+        outputs = self.outputs(id)
+        assert all(output.finish is None for output in outputs[:-1])
+        return list(unpack_tokens(b"".join(o.tokens for o in outputs))), outputs[-1].finish
+
+
+def machine(*, max_step_tokens: int = 64, trap: str = OOM, **fields: Any) -> tuple[Loop, Post]:
+    post = Post()
+    runner = FakeRunner(
+        capacity=capacity(**fields), max_step_tokens=max_step_tokens, traps={TRAP: trap}
+    )
+    return Loop(runner, post, clock=lambda: 7.0), post
+
+
+def run(loop: Loop, *, limit: int = 1000) -> None:
+    loop.turn()
+    while not loop.scheduler.idle:
+        loop.turn()
+        limit -= 1
+        assert limit
+
+
+def test_a_turn_reads_computes_and_publishes_one_message():
+    loop, post = machine()
+    post.put(generate("a", 5, 3), generate("bb", 4, 3))
+    loop.turn()
+    [step] = post.sent
+    assert [output.id for output in step.outputs] == ["a", "bb"]
+    assert [output.started for output in step.outputs] == [7.0, 7.0]
+    assert (step.stats.running, step.stats.slots_used, step.stats.step_tokens) == (2, 2, 9)
+    assert step.stats.device_memory == 1_000_000
+    run(loop)
+    assert post.result("a") == alone(generate("a", 5, 3))
+    assert post.sent[-1].stats.slots_used == 0
+    assert len(post.sent) == 3
+
+
+def test_ready_comes_first_and_an_unwanted_engine_stops():
+    loop, post = machine()
+    turns = iter([True, True, False])
+    loop.run(lambda: next(turns))
+    [ready] = post.sent
+    assert isinstance(ready, Ready) and ready.capacity.slots == 4 and ready.stats.slots_total == 4
+
+
+def test_it_waits_for_messages_only_when_idle():
+    loop, post = machine()
+    loop.turn(0.5)
+    post.put(generate("a", 5, 3))
+    for _ in range(5):
+        loop.turn(0.5)
+    assert post.waits == [0.5, 0.5, 0.0, 0.0, 0.5, 0.5]
+    assert len(post.sent) == 3  # nothing is said without news
+
+
+def test_a_step_out_of_device_memory_ends_its_requests_alone():
+    loop, post = machine(slots=2)
+    bad, fine = generate("bad", [1, TRAP, 2]), generate("fine", [4, 5], 4)
+    later = generate("later", [6, 7], 4)
+    post.put(generate("early", [1, 2], 4), bad, later)
+    loop.turn()
+    for id in ("early", "bad"):
+        [output] = post.outputs(id)
+        assert output.finish == "error" and "device memory" in output.error
+    assert loop.scheduler.holdings.slots.held == 0
+    post.put(fine)
+    run(loop)
+    assert post.result("fine") == alone(fine) and post.result("later") == alone(later)
+
+
+def test_logits_that_are_not_finite_end_their_request_alone():
+    loop, post = machine(trap=NAN)
+    good = generate("good", [1, 2, 3], 6)
+    post.put(generate("bad", [1, TRAP, 2]), good)
+    run(loop)
+    [output] = post.outputs("bad")
+    assert (output.finish, output.error) == ("error", "logits were not finite")
+    assert post.result("good") == alone(good)
+
+
+def test_anything_else_from_the_runner_is_fatal():
+    loop, post = machine(trap=BUG)
+    post.put(generate("bad", [TRAP]))
+    with pytest.raises(RuntimeError, match="unforeseen"):
+        loop.turn()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff\xfe garbage",
+        b"\x81\xa2id\xc4\x01a",
+        msgspec.msgpack.encode([1, 2]),
+        msgspec.msgpack.encode({"type": "Abort", "ids": 3}),
+        msgspec.msgpack.encode({"type": "Destroy"}),
+        msgspec.msgpack.encode({"type": "Generate", "id": 4}),
+    ],
+)
+def test_a_message_that_means_nothing_is_passed_over(data: bytes):
+    loop, post = machine()
+    post.put(generate("a", 5, 3))
+    loop.turn()
+    post.inbox.append(data)
+    run(loop)
+    assert post.result("a") == alone(generate("a", 5, 3))
+    assert all(output.id == "a" for step in post.sent for output in step.outputs)
+
+
+def test_a_malformed_message_with_an_id_is_answered():
+    loop, post = machine()
+    post.put({"type": "Generate", "id": "x", "tokens": "no bytes"}, generate("y", [97]))
+    loop.turn()
+    assert post.result("x") == post.result("y") == ([], "error")
+    assert "97" in post.outputs("y")[0].error and post.outputs("x")[0].error
+
+
+def test_a_second_message_of_an_id_under_way_does_not_end_the_first():
+    loop, post = machine()
+    post.put(generate("a", 5, 9))
+    loop.turn()
+    post.put(generate("a", 3, 2), {"type": "Generate", "id": "a"})
+    run(loop)
+    assert post.result("a") == alone(generate("a", 5, 9))
+
+
+def test_an_abort_is_confirmed_even_when_nothing_is_left_to_compute():
+    loop, post = machine()
+    post.put(generate("a", 5, 100))
+    loop.turn()
+    post.put(Abort(["a", "nobody"]))
+    loop.turn()
+    assert post.outputs("a")[-1].finish == "abort"
+    assert post.sent[-1].stats.slots_used == 0 and not post.outputs("nobody")
+
+
+def test_an_abort_behind_its_own_request_in_the_inbox():
+    loop, post = machine()
+    post.put(generate("a", 5, 100), Abort(["a"]), generate("a", 4, 2))
+    run(loop)
+    assert post.outputs("a")[0].finish == "abort"
+    assert not loop.runner.steps[0][0].start and len(loop.runner.steps[0]) == 1
+
+
+def test_preemption_goes_through_the_runner():
+    loop, post = machine(blocks=16, block_size=4)
+    messages = [generate(id, 10, 30) for id in ("a", "bb", "ccc")]
+    post.put(*messages)
+    run(loop)
+    assert post.sent[-1].stats.preemptions >= 1 and loop.runner.saved == {}
+    for message in messages:
+        assert post.result(message.id) == alone(message)

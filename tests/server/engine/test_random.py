@@ -1,0 +1,77 @@
+"""Whatever arrives, leaves and runs out: each request yields what it would yield alone."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from server.protocol import Generate
+from tests.server.engine.bench import VOCAB, Bench, alone, generate
+
+ids = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12)
+
+
+class Traffic(RuleBasedStateMachine):
+    """Random arrivals and aborts between the steps of a small engine."""
+
+    @initialize(
+        slots=st.integers(1, 5),
+        blocks=st.sampled_from([0, 0, 6, 9, 14]),
+        budget=st.sampled_from([1, 2, 5, 16, 64]),
+        bound=st.sampled_from([None, 20]),
+    )
+    def start(self, slots: int, blocks: int, budget: int, bound: int | None) -> None:
+        self.bench = Bench(
+            slots=slots, blocks=blocks, block_size=4 if blocks else 0,
+            max_step_tokens=budget, max_model_len=bound,
+        )  # fmt: skip
+        self.max_length = self.bench.scheduler.max_length
+        self.sent: dict[str, Generate] = {}
+        self.aborted: set[str] = set()
+
+    @rule(
+        prompt=ids, max_tokens=st.integers(1, 20), min_tokens=st.integers(0, 4),
+        stop=st.lists(st.integers(0, VOCAB - 1), max_size=20),
+    )  # fmt: skip
+    def arrive(self, prompt: list[int], max_tokens: int, min_tokens: int, stop: list[int]) -> None:
+        message = generate(
+            str(len(self.sent)), prompt, max_tokens, min_tokens=min_tokens, stop=stop
+        )
+        self.sent[message.id] = message
+        self.bench.add(message)
+
+    @rule(pick=st.integers(0, 1000))
+    def abort(self, pick: int) -> None:
+        if self.sent:
+            id = str(pick % len(self.sent))
+            if self.bench.finish_of(id) is None:
+                self.aborted.add(id)
+            self.bench.abort(id)
+            assert id not in self.bench.scheduler
+
+    @rule(times=st.integers(1, 8))
+    def step(self, times: int) -> None:
+        for _ in range(times):
+            self.bench.step()
+
+    @invariant()
+    def adds_up(self) -> None:
+        if hasattr(self, "bench"):
+            self.bench.scheduler.check_integrity()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "bench"):
+            return
+        self.bench.finish()
+        for id, message in self.sent.items():
+            tokens, finish = alone(message, self.max_length)
+            if id in self.aborted:
+                assert self.bench.finish_of(id) == "abort"
+                assert self.bench.tokens(id) == tokens[: len(self.bench.tokens(id))]
+            else:
+                assert self.bench.result(id) == (tokens, finish)
+
+
+Traffic.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+TestTraffic = Traffic.TestCase
