@@ -46,7 +46,8 @@ class Output(msgspec.Struct, kw_only=True, omit_defaults=True):
     """News of one request.
 
     tokens:   newly generated ids, raw int32; the stop id itself is the last when finish is "stop".
-    finish:   None while it goes on; "stop", "length" or "error" when it ended.
+    finish:   None while it goes on; "stop", "length", "error" or "abort" when it ended. Every
+              Generate gets exactly one Output with a finish, its last.
     error:    what went wrong, with finish "error".
     computed: prompt tokens folded in so far.
     cached:   prompt tokens that were taken from a checkpoint.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
 class Settings(BaseSettings):
@@ -20,7 +20,7 @@ class Settings(BaseSettings):
     served_model_name: str | None = Field(None, description="id under /v1/models; default: the directory's name")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
-    api_key: tuple[str, ...] = Field((), description="accepted API keys, comma separated; none: open to all")
+    api_key: Annotated[tuple[str, ...], NoDecode] = Field((), description="accepted API keys, comma separated; none: open to all")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")

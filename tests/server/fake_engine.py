@@ -126,6 +126,7 @@ class FakeRunner:
         assert place.slot is not None
         state = self.slots[place.slot]
         if self.capacity.blocks:
+            assert len(place.blocks) == -(-place.position // self.capacity.block_size)
             assert self._read(place.blocks, len(state)) == state
         return array("i", state)
 

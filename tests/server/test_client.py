@@ -1,4 +1,4 @@
-"""The engine process as its client sees it, through real sockets, with a runner of no arithmetic."""
+"""The engine process as its client sees it: real sockets, a runner without arithmetic."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_slow_consumer_misses_frames_but_no_token():
     async def test() -> None:
         async with engine() as client:
             stream = client.submit(generate("slow", [1, 2, 3], 200, logprobs=1))
-            await until(client, lambda: client.stats.running == 0)
+            await until(client, lambda: stream.ended)
             outputs = [output async for output in stream]
             assert len(outputs) == 1
             assert list(unpack_tokens(outputs[0].tokens)) == expected([1, 2, 3], 200)
@@ -209,7 +209,7 @@ def test_failures_of_one_request():
                 async with client.submit(generate("bad", prompt)) as stream:
                     [output] = [output async for output in stream]
                     assert output.finish == "error" and error in output.error
-            assert await collect(client, generate("a", [2], 3)) == (expected([2], 3), "length")
+            assert await collect(client, generate("a", [3], 3)) == (expected([3], 3), "length")
             assert not client.is_dead
 
     within(20, test)
@@ -218,20 +218,14 @@ def test_failures_of_one_request():
 @pytest.mark.parametrize("option, code", [(("--crash-after", 20), 70), (("--bug-token", 9), 1)])
 def test_the_engines_death_reaches_every_stream(option: tuple[str, int], code: int):
     async def test() -> None:
-        async with engine("--slots", 2, *option) as client:
+        async with engine("--slots", 3, *option) as client:
             results = [
                 asyncio.create_task(collect(client, generate(f"r{n}", [1], 1_000_000)))
-                for n in range(4)
+                for n in range(2)
             ]
-            if code == 1:
+            if "--bug-token" in option:
                 await until(client, lambda: client.stats.running == 2)
-                results[0].cancel()
-                results.append(asyncio.create_task(collect(client, generate("bug", [9], 2))))
-                results[1].cancel()
-                del results[:2]
-                for result in results[:2]:
-                    result.cancel()
-                del results[:2]
+                client.submit(generate("bug", [9], 2))
             for result in results:
                 with pytest.raises(EngineDeadError, match=f"exit code {code}"):
                     await result
@@ -344,6 +338,4 @@ asyncio.run(main())
     done = subprocess.run([sys.executable, "-c", parent], cwd=ROOT, stdout=-1, timeout=20)
     assert done.returncode == -9 and b"steadystate-" in done.stdout
     assert time.monotonic() - started < 10
-    for left in Path(done.stdout.decode().strip()).iterdir():
-        left.unlink()
-    os.rmdir(done.stdout.decode().strip())
+    assert not Path(done.stdout.decode().strip()).exists()

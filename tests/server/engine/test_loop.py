@@ -184,6 +184,7 @@ def test_an_abort_behind_its_own_request_in_the_inbox():
 
 def test_preemption_goes_through_the_runner():
     loop, post = machine(blocks=16, block_size=4)
+    loop.runner.traps.clear()
     messages = [generate(id, 10, 30) for id in ("a", "bb", "ccc")]
     post.put(*messages)
     run(loop)

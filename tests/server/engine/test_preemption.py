@@ -135,3 +135,17 @@ def test_crowds_come_through_whole(budget: int, blocks: int):
     bench.finish()
     for message in messages:
         assert bench.result(message.id) == alone(message, blocks * 4)
+
+
+def test_preempted_in_the_step_that_gave_it_a_block():
+    bench = Bench(slots=4, blocks=7, block_size=4, max_step_tokens=3)
+    messages = [generate("reader", 20, 4), generate("b", 1, 20)]
+    bench.add(*messages)
+    while not bench.scheduler.swapped:
+        assert counts(bench.step())["reader"] >= 2
+    [copy] = bench.runner.copies
+    assert copy.source.position == 8 and len(copy.source.blocks) == 2  # the third is left out
+    assert counts(bench.step()) == {"reader": 1}  # the last of its prompt
+    bench.finish()
+    for message in messages:
+        assert bench.result(message.id) == alone(message)

@@ -1,0 +1,1 @@
+"""The API process: event loop, tokenising, detokenising, metrics."""

@@ -1,0 +1,158 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from server.api.choice import Piece, TokenChoice
+from server.api.disconnect import unless_disconnected
+from server.api.generate import Generation, Prompt, options_of, start
+from server.api.logs import Record
+from server.api.schemas import ChatBody, Message, TemplateBody
+from server.api.service import Service, TheService
+from server.api.stream import JSON, EventStream
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def chat(request: Request, service: TheService) -> Response:
+    """A chat completion, whole or as server-sent events."""
+    record: Record = request.state.record
+    body = ChatBody.parse(await request.body())
+    service.check_model(body.model)
+    service.queue.admit(service.client)
+    head = {
+        "id": f"chatcmpl-{body.request_id or record.request_id}",
+        "created": int(time.time()),
+        "model": service.model_id,
+        "system_fingerprint": service.capacity.fingerprint or None,
+    }
+    if body.stream:
+        generation = await unless_disconnected(request, _begin(service, body, record))
+        return EventStream(
+            _chunks(body, head, generation),
+            generation,
+            record,
+            keepalive_seconds=service.settings.keepalive_seconds,
+        )
+    return JSON(await unless_disconnected(request, _whole(service, body, head, record)))
+
+
+async def encode_messages(service: Service, body: TemplateBody, messages: list[Message]) -> Prompt:
+    """A conversation as a prompt."""
+    ending = body.add_generation_prompt
+    return Prompt(
+        await service.tokenizer.encode_chat(
+            [message.for_template() for message in messages],
+            add_generation_prompt=not body.continue_final_message if ending is None else ending,
+            continue_final_message=body.continue_final_message,
+            add_special_tokens=bool(body.add_special_tokens),
+            kwargs=body.chat_template_kwargs,
+        )
+    )
+
+
+async def _begin(service: Service, body: ChatBody, record: Record) -> Generation:
+    prompt = await encode_messages(service, body, body.messages)
+    options = options_of(
+        body,
+        service,
+        max_tokens=body.max_completion_tokens or body.max_tokens,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+    return start(service, [prompt], options, record)
+
+
+async def _whole(
+    service: Service, body: ChatBody, head: Mapping[str, Any], record: Record
+) -> dict[str, Any]:
+    generation = await _begin(service, body, record)
+    try:
+        pieces = await generation.complete()
+    finally:
+        generation.close()
+    choices = []
+    for done in pieces:
+        choice: dict[str, Any] = {
+            "index": done.index,
+            "message": {"role": "assistant", "content": done.text, "refusal": None},
+            "logprobs": _logprobs(body, done.logprobs),
+            "finish_reason": done.finish,
+            "stop_reason": done.stop,
+        }
+        if body.return_token_ids:
+            choice["token_ids"] = done.tokens
+        choices.append(choice)
+    answer = {**head, "object": "chat.completion", "choices": choices, "usage": generation.usage()}
+    if body.return_token_ids:
+        answer["prompt_token_ids"] = generation.prompts[0].tokens.tolist()
+    return answer
+
+
+async def _chunks(
+    body: ChatBody, head: Mapping[str, Any], generation: Generation
+) -> AsyncIterator[dict[str, Any]]:
+    """The role comes with a choice's first piece: clients take it for the first token."""
+    options = body.stream_options
+    wants_usage = options is not None and options.include_usage
+    running_usage = options is not None and options.continuous_usage_stats
+    head = {**head, "object": "chat.completion.chunk"}
+    begun: set[int] = set()
+    async for piece in generation.pieces():
+        chunk = {**head, "choices": [_delta(body, piece, piece.index not in begun)]}
+        if running_usage:
+            chunk["usage"] = generation.usage()
+        elif wants_usage:
+            chunk["usage"] = None
+        if body.return_token_ids and not begun:
+            chunk["prompt_token_ids"] = generation.prompts[0].tokens.tolist()
+        begun.add(piece.index)
+        yield chunk
+    if wants_usage:
+        yield {**head, "choices": [], "usage": generation.usage()}
+
+
+def _delta(body: ChatBody, piece: Piece, first: bool) -> dict[str, Any]:
+    delta: dict[str, Any] = {}
+    if first:
+        delta = {"role": "assistant", "content": piece.text, "refusal": None}
+    elif piece.text:
+        delta = {"content": piece.text}
+    choice: dict[str, Any] = {
+        "index": piece.index,
+        "delta": delta,
+        "logprobs": _logprobs(body, piece.logprobs),
+        "finish_reason": piece.finish,
+    }
+    if piece.finish is not None:
+        choice["stop_reason"] = piece.stop
+    if body.return_token_ids:
+        choice["token_ids"] = piece.tokens
+    return choice
+
+
+def _logprobs(body: ChatBody, tokens: list[TokenChoice]) -> dict[str, Any] | None:
+    if not body.logprobs:
+        return None
+    wanted = body.top_logprobs or 0
+    return {
+        "content": [
+            {
+                "token": entry.token.text,
+                "logprob": entry.logprob,
+                "bytes": list(entry.token.bytes),
+                "top_logprobs": [
+                    {"token": token.text, "logprob": logprob, "bytes": list(token.bytes)}
+                    for token, logprob in entry.top[:wanted]
+                ],
+            }
+            for entry in tokens
+        ],
+        "refusal": None,
+    }

@@ -1,0 +1,149 @@
+"""What the endpoints share, and its life: starting, ready, draining, dead."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from fastapi import Depends, Request
+
+from model.chunk import Capacity
+from server.api.client import EngineClient
+from server.api.limits import Queue
+from server.api.logs import log
+from server.api.metrics import Metrics
+from server.api.tokenizer import Tokenizer
+from server.errors import EngineDeadError, NotFoundError
+from server.settings import Settings
+
+StartEngine = Callable[[Settings], Awaitable[EngineClient]]
+
+
+class Service:
+    """Settings, engine, tokenizer, metrics and queue of one server.
+
+    `failure` says why the server cannot go on; whoever runs it then ends it. `active` counts the
+    requests under way, for whoever waits for them to end.
+    """
+
+    def __init__(self, settings: Settings, start_engine: StartEngine = EngineClient.start) -> None:
+        self.settings = settings
+        self.model_id = settings.model_id
+        self.state: Literal["starting", "ready", "draining", "dead"] = "starting"
+        self.failure: str | None = None
+        self.active = 0
+        self.started = time.time()
+        self.metrics = Metrics(self.model_id)
+        self.queue = Queue(
+            max_requests=settings.max_queue_requests, max_tokens=settings.max_queue_tokens
+        )
+        self.sampling_defaults: Mapping[str, float] = {}
+        self.tokenizer: Tokenizer
+        self.client: EngineClient
+        self.capacity: Capacity
+        self.eos_ids: tuple[int, ...] = ()
+        self._start_engine = start_engine
+        self._life: asyncio.Task[None] | None = None
+        self._closers: list[Callable[[], Awaitable[None] | None]] = []
+
+    def start(self) -> None:
+        """Load in the background; `state` tells when it is done."""
+        self._life = asyncio.create_task(self._live(), name="service")
+
+    async def close(self) -> None:
+        """End the engine process."""
+        if self._life is not None:
+            self._life.cancel()
+            await asyncio.wait((self._life,))
+        for closer in reversed(self._closers):
+            closing = closer()
+            if closing is not None:
+                await closing
+
+    def drain(self) -> None:
+        """Take no new requests."""
+        if self.state in ("starting", "ready"):
+            self.state = "draining"
+
+    def check(self) -> None:
+        """Raise EngineDeadError unless requests can be served."""
+        if self.state == "ready" and not self.client.is_dead:
+            return
+        if self.state == "starting":
+            raise EngineDeadError("the model is still loading")
+        if self.state == "draining":
+            raise EngineDeadError("the server is shutting down")
+        raise EngineDeadError("the engine is dead; the server is about to exit")
+
+    def check_model(self, name: str | None) -> None:
+        """Raise NotFoundError unless this model, or none, is named."""
+        if name is not None and name != self.model_id:
+            raise NotFoundError(
+                f"the model {name!r} does not exist; {self.model_id!r} is served",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def _live(self) -> None:
+        try:
+            path = self.settings.model_path
+            if not path.is_dir():
+                raise ValueError(f"model: no checkpoint directory at {str(path)!r}")
+            self.client = await self._start_engine(self.settings)
+            self._closers.append(self.client.close)
+            self.tokenizer = await asyncio.to_thread(Tokenizer, path)
+            self._closers.append(self.tokenizer.close)
+            self.sampling_defaults = sampling_defaults(path)
+            await self.client.ready()
+            self.capacity = self.client.capacity
+            width = self.capacity.vocab_size  # an id beyond it cannot be drawn
+            self.eos_ids = tuple(id for id in self.tokenizer.eos_ids if id < width)
+            self.metrics.attach(self.client)
+            if self.state == "starting":
+                self.state = "ready"
+            await self.client.died.wait()
+            self._fail("the engine process died")
+        except Exception as error:
+            log.debug("start-up failed", exc_info=True)
+            self._fail(f"start-up failed: {error}")
+
+    def _fail(self, why: str) -> None:
+        self.failure = why
+        self.state = "dead"
+        log.critical(why)
+
+
+def sampling_defaults(path: Path) -> dict[str, float]:
+    """How the checkpoint wants to be sampled, where generation_config.json says so.
+
+    An explicit "do_sample": false means greedy. Values out of range are left out.
+    """
+    file = path / "generation_config.json"
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    ranges = {
+        "temperature": (0, 2),
+        "top_p": (1e-9, 1),
+        "top_k": (0, 2**31 - 1),
+        "min_p": (0, 1),
+        "repetition_penalty": (1e-9, 2),
+    }
+    defaults = {
+        name: config[name]
+        for name, (low, high) in ranges.items()
+        if isinstance(config.get(name), int | float) and low <= config[name] <= high
+    }
+    if config.get("do_sample") is False:
+        defaults["temperature"] = 0.0
+    return defaults
+
+
+def _of_app(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+TheService = Annotated[Service, Depends(_of_app)]

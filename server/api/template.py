@@ -1,0 +1,173 @@
+"""The checkpoint's chat template, in transformers' sandbox.
+
+Control tokens written inside messages are replaced by private stand-ins before rendering, so that
+afterwards they can be told from those that the template writes.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerBase
+
+from server.errors import RequestError
+
+RESERVED = frozenset(  # the arguments of apply_chat_template and of what it calls
+    (
+        *("self", "conversation", "conversations", "messages", "tools", "documents"),
+        *("chat_template", "add_generation_prompt", "continue_final_message", "tokenize"),
+        *("sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors"),
+        *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    )
+)
+PROBE = "probe7b1e"
+
+
+@dataclass(slots=True, frozen=True)
+class Marked:
+    """A rendered conversation; `marked` says whether messages contained control tokens' text."""
+
+    text: str
+    marked: bool
+    mark: str
+    template: ChatTemplate
+
+    def parts(self) -> Iterator[tuple[str, int | None]]:
+        """Text as it was given, and the control token that the template put after it, or None."""
+        strip_left = False
+        parts = self.template.pattern.split(self.text)
+        for text, control in zip(parts[::2], [*parts[1::2], None], strict=True):
+            if strip_left:
+                text = text.lstrip()
+            token = None if control is None else self.template.added[control]
+            if token is not None and token.lstrip:
+                text = text.rstrip()
+            strip_left = token is not None and token.rstrip
+            yield (
+                self.template.restore(text, self.mark),
+                None if control is None else self.template.controls[control],
+            )
+
+
+class ChatTemplate:
+    """Renders messages. `controls` are the strings that a message may not use as tokens: the
+    special tokens, and the added tokens that the template itself writes."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, added: Mapping[int, AddedToken]) -> None:
+        self._tokenizer = tokenizer
+        self._source = _source(tokenizer)
+        self.added = {token.content: token for token in added.values()}
+        self.controls = {
+            token.content: id
+            for id, token in added.items()
+            if token.special or (token.content in self._source and not token.content.isspace())
+        }
+        self.control_ids = frozenset(self.controls.values())
+        self.names = sorted(self.controls, key=len, reverse=True)
+        self.pattern = re.compile(f"({'|'.join(map(re.escape, self.names)) or '(?!)'})")
+        self._lists = bool(self._source) and self._wants_lists()
+        self._reserved = RESERVED | set(tokenizer.special_tokens_map)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        kwargs: Mapping[str, Any],
+    ) -> Marked:
+        """Raises RequestError when there is no template, or when it refuses the messages."""
+        if not self._source:
+            raise RequestError("the model has no chat template; use /v1/completions")
+        for name in kwargs:
+            if name in self._reserved:
+                raise RequestError(
+                    f"chat_template_kwargs may not set {name!r}", param="chat_template_kwargs"
+                )
+        mark = "".join(chr(0xE000 + secrets.randbelow(0x1900)) for _ in range(8))
+        marker = _Marker(self, mark)
+        marked = [
+            {
+                name: marker(value if name != "content" else self._content(value))
+                for name, value in message.items()
+            }
+            for message in messages
+        ]
+        try:
+            text = self._apply(
+                marked,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **marker(dict(kwargs)),
+            )
+        except Exception as error:  # whatever a template does wrong, it is about these messages
+            reason = str(error).replace(mark, "").partition("Final message to continue:")[0]
+            raise RequestError(
+                f"messages: the chat template refuses them: {reason[:300]}", param="messages"
+            ) from error
+        return Marked(text, marker.used, mark, self)
+
+    def restore(self, text: str, mark: str) -> str:
+        """Text with its stand-ins, a mark and a character each, replaced by what they stand for."""
+        stand_in = re.compile(f"{mark}([\U000f0000-\U000ffffd])")
+        text = stand_in.sub(lambda found: self.names[ord(found[1]) - 0xF0000], text)
+        return text.replace(mark, "")
+
+    def _apply(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
+        conversation = [dict(message) for message in messages]
+        text = self._tokenizer.apply_chat_template(conversation, tokenize=False, **kwargs)
+        assert isinstance(text, str)
+        return text
+
+    def _content(self, content: str | Sequence[str] | None) -> Any:
+        """A message's text in the form that the template reads: one string, or a list of parts."""
+        parts = [content] if isinstance(content, str) else list(content or [])
+        if self._lists:
+            return [{"type": "text", "text": part} for part in parts]
+        return "\n".join(parts)
+
+    def _wants_lists(self) -> bool:
+        """Whether the template shows the text of parts and not that of a string."""
+        as_string = self._try(PROBE)
+        as_list = self._try([{"type": "text", "text": PROBE}])
+        return PROBE not in as_string and PROBE in as_list and "'text'" not in as_list
+
+    def _try(self, content: Any) -> str:
+        try:
+            return self._apply([{"role": "user", "content": content}], add_generation_prompt=False)
+        except Exception:
+            return ""
+
+
+class _Marker:
+    """Puts stand-ins for the text of control tokens, in every string of a value."""
+
+    def __init__(self, template: ChatTemplate, mark: str) -> None:
+        self._pattern = template.pattern
+        self._stand_ins = {
+            name: mark + chr(0xF0000 + index) for index, name in enumerate(template.names)
+        }
+        self.used = False
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, str):
+            text, count = self._pattern.subn(lambda found: self._stand_ins[found[0]], value)
+            self.used |= count > 0
+            return text
+        if isinstance(value, dict):
+            return {name: self(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [self(item) for item in value]
+        return value
+
+
+def _source(tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        return tokenizer.get_chat_template() or ""
+    except ValueError:  # no template, or several and none of them the default
+        return ""

@@ -1,0 +1,1 @@
+"""The engine process: a busy loop that owns the device."""

@@ -1,0 +1,38 @@
+"""python -m server.engine --directory DIR: the engine process; its settings are JSON on stdin."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from server.engine.loop import LoadedRunner
+from server.engine.process import run_engine
+from server.settings import Settings
+
+
+def load(settings: Settings) -> LoadedRunner:
+    """The model that the settings name, ready to run."""
+    from model.runner import load_runner
+
+    return load_runner(
+        settings.model_path,
+        device=settings.device,
+        dtype=settings.dtype,
+        threads=settings.threads,
+        max_running=settings.max_running,
+        memory_fraction=settings.memory_fraction,
+        state_memory_gb=settings.state_memory_gb,
+        max_model_len=settings.max_model_len,
+        max_step_tokens=settings.max_step_tokens,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="server.engine", description=__doc__)
+    parser.add_argument("--directory", type=Path, required=True, help="where the sockets lie")
+    return run_engine(parser.parse_args().directory, load)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""The engine's loop: inbox, schedule, run, complete, publish.
+
+Two kinds of failure only: that of requests (a message that asks for the impossible, logits that
+are not finite, a step that runs out of device memory), after which the loop goes on, and anything
+else, which leaves the loop as an exception and ends the process.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from model.chunk import OutOfDeviceMemory, Runner
+from server.engine.scheduler import Scheduler, Work
+from server.protocol import Abort, FromEngine, Generate, Output, Ready, Stats, Step, ToEngine
+
+log = logging.getLogger(__name__)
+
+IDLE_SECONDS = 0.5  # how often an idle engine looks whether it is still wanted
+MEMORY_SECONDS = 0.5  # how often device memory is measured
+
+
+class LoadedRunner(Runner, Protocol):
+    """A runner, warmed up: the token budget of a step that it was sized for, and start-up times."""
+
+    max_step_tokens: int
+    seconds: dict[str, float]
+
+
+class Mailbox(Protocol):
+    """Where messages come from and go to."""
+
+    def receive(self, timeout: float) -> list[bytes]:
+        """All that has arrived; waits up to `timeout` seconds for the first."""
+        ...
+
+    def send(self, message: FromEngine) -> None:
+        """Queue a message; never blocks."""
+        ...
+
+
+class Loop:
+    """Owns the scheduler and drives the runner.
+
+    A Work is completed on its own, whatever was scheduled since, and its chunks count as computed
+    from the moment they are scheduled: one step may later be launched before the last is collected.
+    """
+
+    def __init__(
+        self,
+        runner: LoadedRunner,
+        line: Mailbox,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.runner = runner
+        self.line = line
+        self.clock = clock
+        self.scheduler = Scheduler(runner.capacity, max_step_tokens=runner.max_step_tokens)
+        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+        self._memory = 0
+        self._measured = -MEMORY_SECONDS
+
+    def run(self, wanted: Callable[[], bool]) -> None:
+        """Say Ready, then turn for as long as the engine is wanted."""
+        ready = Ready(
+            capacity=self.runner.capacity, stats=self.stats(), seconds=self.runner.seconds
+        )
+        self.line.send(ready)
+        while wanted():
+            self.turn(IDLE_SECONDS)
+
+    def turn(self, idle_seconds: float = 0.0) -> None:
+        """Read the inbox, waiting only when idle; compute one step; publish what it brought."""
+        outputs: list[Output] = []
+        for data in self.line.receive(idle_seconds if self.scheduler.idle else 0.0):
+            outputs += self._read(data)
+        work = self.scheduler.schedule(self.clock())
+        if work.copies:
+            self.runner.copy(work.copies)
+        if work.chunks:
+            outputs += self._compute(work)
+        if outputs:
+            self.line.send(Step(outputs=outputs, stats=self.stats(work.tokens)))
+        if self.scheduler.idle:
+            self.scheduler.check_integrity()
+
+    def stats(self, step_tokens: int = 0) -> Stats:
+        """The gauges now; device memory is measured twice a second."""
+        stats = self.scheduler.stats()
+        stats.step_tokens = step_tokens
+        if self.clock() - self._measured >= MEMORY_SECONDS:
+            self._memory, self._measured = self.runner.device_memory(), self.clock()
+        stats.device_memory = self._memory
+        return stats
+
+    def _compute(self, work: Work) -> list[Output]:
+        try:
+            sampled = self.runner.step(work.chunks)
+        except OutOfDeviceMemory as error:
+            log.error(
+                "a step of %d tokens in %d chunks ran out of device memory: %s",
+                work.tokens, len(work.chunks), error,
+            )  # fmt: skip
+            return self.scheduler.fail(work, "the step of this request ran out of device memory")
+        return self.scheduler.complete(work, sampled)
+
+    def _read(self, data: bytes) -> list[Output]:
+        """Carry out one message. One that cannot be is logged, and answered if it names an id."""
+        try:
+            message: Generate | Abort = self._decoder.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            return self._refuse(_id_of(data), error)
+        if isinstance(message, Abort):
+            return self.scheduler.abort(message.ids)
+        if message.id in self.scheduler:
+            return self._refuse(message.id, ValueError(f"id: {message.id!r} is under way"))
+        try:
+            self.scheduler.add(message)
+        except ValueError as error:
+            return self._refuse(message.id, error)
+        return []
+
+    def _refuse(self, id: str | None, error: Exception) -> list[Output]:
+        log.error("refused a message of request %s: %s", id, error)
+        if id is None or id in self.scheduler:
+            return []  # nobody to tell, or a request under way that must not be ended by it
+        return [Output(id=id, finish="error", error=str(error))]
+
+
+def _id_of(data: bytes) -> str | None:
+    """The id in a message that is otherwise malformed."""
+    try:
+        fields = msgspec.msgpack.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    id = fields.get("id") if isinstance(fields, dict) else None
+    return id if isinstance(id, str) else None

@@ -1,0 +1,100 @@
+"""One generation: its tokens, how far they are computed, what it holds, why it ended."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+import numpy
+
+from model.chunk import Sampling
+from server.protocol import Generate, unpack_tokens
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Request:
+    """Two integers, no phases: `computed` chases len(tokens).
+
+    When it has caught up a token is drawn and appended, until a stop id or `length_limit` tokens.
+    """
+
+    id: str
+    tokens: array[int]
+    prompt_length: int
+    length_limit: int
+    sampling: Sampling
+    min_tokens: int = 0
+    stop_ids: tuple[int, ...] = ()
+
+    computed: int = 0
+    slot: int | None = None
+    blocks: list[int] = field(default_factory=list)
+    started: float | None = None  # when its slot was taken first
+    announced: bool = False  # whether `started` was told
+    served: int = 0  # its last turn, counted over all requests
+    finish: str | None = None
+
+    @property
+    def remaining(self) -> int:
+        """Tokens known and not yet computed."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def generated(self) -> int:
+        """Tokens drawn so far."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def suppress(self) -> tuple[int, ...]:
+        """Ids that may not be drawn next."""
+        return self.stop_ids if self.generated < self.min_tokens else ()
+
+    def append(self, token: int) -> None:
+        """Take a drawn token, and end if it is the last."""
+        stops = self.generated >= self.min_tokens and token in self.stop_ids
+        self.tokens.append(token)
+        if stops:
+            self.finish = "stop"
+        elif len(self.tokens) >= self.length_limit:
+            self.finish = "length"
+
+
+def accept(message: Generate, *, max_length: int | None, vocab_size: int) -> Request:
+    """The request that a message asks for; ValueError names what is impossible in it.
+
+    max_length bounds prompt and generated tokens (None: unbounded); vocab_size 0 is unknown.
+    """
+    if len(message.tokens) % 4:
+        raise ValueError(f"tokens: {len(message.tokens)} bytes are no int32 ids")
+    length = len(message.tokens) // 4
+    if length == 0:
+        raise ValueError("tokens: the prompt is empty")
+    if max_length is not None and length >= max_length:
+        raise ValueError(f"tokens: a prompt of {length} leaves no room in {max_length} tokens")
+    if message.max_tokens < 1:
+        raise ValueError(f"max_tokens: {message.max_tokens} is less than 1")
+    ids = numpy.frombuffer(message.tokens, dtype="<i4")
+    _check_ids("tokens", int(ids.min()), int(ids.max()), vocab_size)
+    for name, named in (
+        ("stop_token_ids", message.stop_token_ids),
+        ("logit_bias", message.sampling.logit_bias),
+    ):
+        if named:
+            _check_ids(name, min(named), max(named), vocab_size)
+    limit = length + message.max_tokens
+    return Request(
+        id=message.id,
+        tokens=unpack_tokens(message.tokens),
+        prompt_length=length,
+        length_limit=limit if max_length is None else min(limit, max_length),
+        sampling=message.sampling,
+        min_tokens=message.min_tokens,
+        stop_ids=tuple(message.stop_token_ids),
+    )
+
+
+def _check_ids(name: str, least: int, greatest: int, vocab_size: int) -> None:
+    if least < 0:
+        raise ValueError(f"{name}: id {least} is negative")
+    if vocab_size and greatest >= vocab_size:
+        raise ValueError(f"{name}: id {greatest} is not below the vocabulary's {vocab_size}")

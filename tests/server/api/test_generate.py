@@ -1,0 +1,80 @@
+"""What a request becomes for the engine: seeds, sampling defaults, bounds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from server.api.generate import options_of, seed_of
+from server.api.limits import Keys, Queue
+from server.api.schemas import CompletionBody
+from server.api.service import sampling_defaults
+from server.errors import QueueFullError
+from tests.server.api.checkpoint import write_checkpoint
+
+
+def test_seeds_of_choices() -> None:
+    assert seed_of(7, 0) == 7 and seed_of(7, 1) == seed_of(7, 1)
+    assert len({seed_of(seed, copy) for seed in range(50) for copy in range(10)}) == 500
+    assert seed_of(None, 0) != seed_of(None, 0)
+    for seed in (-1, -(2**63), 2**63 - 1, None):
+        for copy in range(3):
+            assert 0 <= seed_of(seed, copy) < 2**63
+
+
+def sampling(defaults: dict[str, float], **fields: Any) -> Any:
+    body = CompletionBody.parse(json.dumps({"prompt": "a", **fields}).encode())
+    service: Any = SimpleNamespace(sampling_defaults=defaults)
+    return options_of(body, service, max_tokens=1, logprobs=None).sampling
+
+
+def test_the_checkpoints_own_sampling_is_the_default() -> None:
+    plain = sampling({})
+    assert (plain.temperature, plain.top_p, plain.top_k, plain.min_p) == (1.0, 1.0, 0, 0.0)
+    tuned = {"temperature": 0.6, "top_k": 20}
+    assert sampling(tuned).temperature == 0.6 and sampling(tuned).top_k == 20
+    assert sampling(tuned, temperature=0).temperature == 0
+    assert sampling(tuned, top_k=-1).top_k == 0
+    assert sampling(tuned, logit_bias={"5": 2}).logit_bias == {5: 2.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, {}),
+        ({"temperature": 0.7, "top_p": 0.9, "top_k": 40}, "same"),
+        ({"temperature": 9, "top_p": None, "min_p": "x", "top_k": -5}, {}),
+        ({"do_sample": False}, {"temperature": 0.0}),
+        ({"do_sample": False, "temperature": 0.6}, {"temperature": 0.0}),
+        ({"do_sample": True, "repetition_penalty": 1.05}, {"repetition_penalty": 1.05}),
+    ],
+)
+def test_generation_config(tmp_path: Path, config: dict[str, Any], expected: Any) -> None:
+    path = write_checkpoint(tmp_path / "m", **config)
+    assert sampling_defaults(path) == (config if expected == "same" else expected)
+
+
+def test_a_queue_counts_requests_and_tokens() -> None:
+    queue = Queue(max_requests=3, max_tokens=100)
+
+    def admit(waiting: int, waiting_tokens: int, requests: int, tokens: int) -> bool:
+        engine: Any = SimpleNamespace(waiting_requests=waiting, waiting_tokens=waiting_tokens)
+        try:
+            queue.admit(engine, requests=requests, tokens=tokens)
+        except QueueFullError:
+            return False
+        return True
+
+    assert admit(0, 0, 50, 5000)  # nothing is refused for ever
+    assert admit(2, 60, 1, 40) and not admit(2, 60, 2, 40) and not admit(2, 60, 1, 41)
+    assert not admit(3, 0, 1, 0)
+
+
+def test_keys() -> None:
+    keys = Keys(["a", "bé"])
+    assert [keys.accept(key) for key in ("a", "bé", "", "A", "a ")] == [True, True] + [False] * 3
+    assert Keys([]).accept("anything")

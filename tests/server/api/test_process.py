@@ -1,0 +1,148 @@
+"""The command as a process: its flags, its end by signal, its end by the engine's death."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server import __version__
+from server.api.service import Service
+from server.cli import main
+from server.cli.flags import settings_of
+from server.settings import Settings
+from tests.server.api.live import ROOT, Process, eventually
+
+Launch = Callable[..., Process]
+FOREVER = {"prompt": "abc", "max_tokens": 1_000_000, "ignore_eos": True}
+
+
+def post(process: Process, **body: object) -> httpx.Response:
+    with httpx.Client(base_url=process.live.url, timeout=20) as client:
+        return client.post("/v1/completions", json={**FOREVER, **body})
+
+
+def test_from_start_to_sigterm(launch: Launch) -> None:
+    process = launch("--step-seconds", "0.01")
+    starting = process.live.http.get("/health")
+    assert starting.status_code == 503 and starting.json()["status"] == "starting"
+    refused = process.live.complete("a")
+    assert refused.status_code == 503 and "loading" in refused.json()["error"]["message"]
+    process.live.wait_ready()
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(post, process, max_tokens=150)
+        eventually(lambda: process.live.metrics()["state_slots_used"] == 1)
+        process.terminate()
+        eventually(lambda: process.live.http.get("/health").status_code == 503)
+        assert process.live.http.get("/health").json()["status"] == "draining"
+        refused = process.live.complete("a")
+        assert refused.status_code == 503 and refused.headers["retry-after"]
+        assert running.result().json()["usage"]["completion_tokens"] == 150
+    assert process.wait() == 0
+    lines = [json.loads(line) for line in process.log if "completion_tokens" in line]
+    assert lines[0]["completion_tokens"] == 150 and lines[0]["status"] == 200
+    assert lines[0]["first_token_seconds"] <= lines[0]["seconds"]
+    assert process.process.stdout is not None
+    (line,) = process.process.stdout.read().splitlines()
+    assert process.live.url in line and "tiny" in line and "cpu" in line
+
+
+def test_sigint_waits_only_so_long(launch: Launch) -> None:
+    process = launch("--step-seconds", "0.01", drain_seconds=0.3)
+    process.live.wait_ready()
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(post, process, stream=True)
+        pool.submit(post, process)
+        eventually(lambda: process.live.metrics()["state_slots_used"] == 2)
+        process.process.send_signal(signal.SIGINT)
+        assert process.wait() == 0
+
+
+def test_the_death_of_the_engine_ends_everything(launch: Launch) -> None:
+    process = launch("--crash-after", "40", "--step-seconds", "0.01")
+    process.live.wait_ready()
+    with ThreadPoolExecutor(2) as pool:
+        whole = pool.submit(post, process)
+        streamed = pool.submit(post, process, stream=True)
+        response = whole.result()
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "engine_unavailable"
+        frames = streamed.result().text.strip().split("\n\n")
+        assert frames[-1] == "data: [DONE]"
+        assert json.loads(frames[-2][6:])["error"]["code"] == "engine_unavailable"
+    assert process.wait(10) == 1
+    assert any("engine process" in line for line in process.log)
+
+
+def test_an_engine_that_cannot_load(launch: Launch) -> None:
+    process = launch("--fail-load")
+    assert process.wait(15) == 1
+    assert any("critical" in line for line in process.log)
+
+
+def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
+    async def fail() -> str | None:
+        service = Service(Settings(model=str(tmp_path / "none")))
+        service.start()
+        while service.failure is None:
+            await asyncio.sleep(0)
+        await service.close()
+        return service.failure
+
+    assert "no checkpoint directory" in (asyncio.run(fail()) or "")
+
+
+def test_the_console_script() -> None:
+    for arguments, expected in (
+        (["--version"], __version__),
+        (["--help"], "serve"),
+        (["serve", "--help"], "--max-queue-requests"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "server", *arguments], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and expected in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mistake"),
+    [
+        (["--port", "99999"], "port"),
+        (["--device", "abacus"], "device"),
+        (["a", "--model", "b"], "MODEL"),
+        (["--no-such-flag"], "no-such-flag"),
+        (["--memory-fraction", "nan"], "memory_fraction"),
+    ],
+)
+def test_flags_that_make_no_sense(
+    arguments: list[str], mistake: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["serve", *arguments])
+    assert end.value.code == 2
+    assert mistake in capsys.readouterr().err
+
+
+def test_flags_win_over_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Settings] = []
+    monkeypatch.setattr("server.cli.serve.run", lambda settings: seen.append(settings) or 0)
+    monkeypatch.setenv("STEADYSTATE_PORT", "7000")
+    monkeypatch.setenv("STEADYSTATE_MAX_N", "9")
+    monkeypatch.setenv("STEADYSTATE_API_KEY", "x,y")
+    keys = ["--api-key", "a", "--api-key", "b,c"]
+    assert main(["serve", "path/to/model", "--port", "7001", *keys]) == 0
+    assert main(["serve"]) == 0
+    first, second = seen
+    assert (first.model, first.port, first.max_n) == ("path/to/model", 7001, 9)
+    assert first.api_key == ("a", "b", "c")
+    assert (second.model, second.port, second.api_key) == ("recall", 7000, ("x", "y"))
+    assert settings_of.__doc__

@@ -1,0 +1,129 @@
+"""Prompts and conversations as ids: control tokens in a message's text stay text."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.api.tokenizer import Tokenizer
+from server.errors import RequestError
+from tests.server.api.checkpoint import ASSISTANT, END, SPECIALS, SYSTEM, USER, write_checkpoint
+from tests.server.api.live import ROOT
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint: Path) -> Tokenizer:
+    return Tokenizer(checkpoint)
+
+
+def chat(tokenizer: Tokenizer, *contents: Any, **options: Any) -> list[int]:
+    messages = [{"role": "user", "content": content} for content in contents]
+    options.setdefault("add_generation_prompt", True)
+    return asyncio.run(tokenizer.encode_chat(messages, **options)).tolist()
+
+
+def test_a_conversation_is_what_the_template_writes(tokenizer: Tokenizer) -> None:
+    assert chat(tokenizer, "hé") == [USER, *"hé".encode(), END, ASSISTANT]
+    assert chat(tokenizer, ["a", "b"]) == [USER, *b"a\nb", END, ASSISTANT]
+    assert chat(tokenizer, "a", add_generation_prompt=False) == [USER, *b"a", END]
+
+
+@given(st.lists(st.one_of(st.sampled_from(SPECIALS), st.text(max_size=4)), max_size=8))
+def test_control_tokens_in_a_message_are_text(tokenizer: Tokenizer, parts: list[str]) -> None:
+    text = "".join(parts)
+    assert chat(tokenizer, text) == [USER, *text.encode(), END, ASSISTANT]
+
+
+@pytest.mark.parametrize("text", ["<<|end|>", "<|end|", "<|end<|end|>|>", "\ue000\U000f0000"])
+def test_almost_control_tokens_are_text(tokenizer: Tokenizer, text: str) -> None:
+    assert chat(tokenizer, text, text) == [
+        *(USER, *text.encode(), END),
+        *(USER, *text.encode(), END, ASSISTANT),
+    ]
+
+
+def test_control_tokens_in_names_and_template_arguments_are_text(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.name + '<|user|>' + m.content }}{% endfor %}{{ tail }}"
+    tokenizer = Tokenizer(write_checkpoint(tmp_path / "m", template))
+    message = {"role": "user", "name": "<|system|>", "content": "a"}
+    kwargs = {"tail": "<|end|>"}
+    ids = asyncio.run(
+        tokenizer.encode_chat([message], add_generation_prompt=True, kwargs=kwargs)
+    ).tolist()
+    assert ids == [*b"<|system|>", USER, *b"a", *b"<|end|>"]
+
+
+def test_a_raw_prompt_may_contain_control_tokens(tokenizer: Tokenizer) -> None:
+    ids = asyncio.run(tokenizer.encode("<|system|>x", add_special_tokens=True))
+    assert ids.tolist() == [SYSTEM, *b"x"]
+
+
+def test_an_added_token_that_the_template_writes_is_a_control_token_too(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(write_checkpoint(tmp_path / "m", "<tool>{{ messages[0].content }}"))
+    assert chat(tokenizer, "<|end|>") == [*b"<tool>", *b"<|end|>"]
+    path = write_checkpoint(tmp_path / "n", "<tool>{{ messages[0].content }}")
+    spec = json.loads((path / "tokenizer.json").read_text())
+    tool = {**spec["added_tokens"][0], "id": 261, "content": "<tool>", "special": False}
+    spec["added_tokens"].append(tool)
+    (path / "tokenizer.json").write_text(json.dumps(spec))
+    assert chat(Tokenizer(path), "<tool>a") == [261, *b"<tool>a"]
+
+
+def test_the_last_message_can_be_continued(tokenizer: Tokenizer) -> None:
+    ids = chat(
+        tokenizer, "a", "b <|end|> c", add_generation_prompt=False, continue_final_message=True
+    )
+    assert ids == [USER, *b"a", END, USER, *b"b <|end|> c"]
+
+
+@pytest.mark.parametrize(
+    "name", ["messages", "tokenize", "tools", "chat_template", "eos_token", "self"]
+)
+def test_template_arguments_replace_nothing(tmp_path: Path, name: str) -> None:
+    tokenizer = Tokenizer(write_checkpoint(tmp_path / "m"))
+    with pytest.raises(RequestError, match=name):
+        chat(tokenizer, "a", kwargs={name: "x"})
+
+
+def test_a_template_that_refuses_is_the_clients_error(tmp_path: Path) -> None:
+    template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(RequestError, match="roles must alternate"):
+        chat(Tokenizer(write_checkpoint(tmp_path / "m", template)), "a")
+
+
+def test_templates_are_sandboxed(tmp_path: Path) -> None:
+    template = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+    with pytest.raises(RequestError):
+        chat(Tokenizer(write_checkpoint(tmp_path / "m", template)), "a")
+
+
+def test_a_template_may_want_lists(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{% for p in m.content %}{{ p.text }}|{% endfor %}{% endfor %}"
+    )
+    tokenizer = Tokenizer(write_checkpoint(tmp_path / "m", template))
+    assert chat(tokenizer, "a", ["b", "c"]) == [*b"a|b|c|"]
+
+
+def test_no_template_is_said(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "m")
+    (path / "chat_template.jinja").unlink()
+    with pytest.raises(RequestError, match="no chat template"):
+        chat(Tokenizer(path), "a")
+
+
+def test_the_api_process_does_without_torch(checkpoint: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; import server.api.app; "
+        "from server.api.tokenizer import Tokenizer; "
+        f"Tokenizer(Path({str(checkpoint)!r})); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
