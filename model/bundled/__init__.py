@@ -1,0 +1,1 @@
+"""The model "recall": its facts, its training, its evaluation and its checkpoint."""
