@@ -1,0 +1,74 @@
+"""Gated activation: y = silu(a) * b, and silu alone, silu(x) = x / (1 + exp(-x))."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from kernels.language import jit, tl
+
+BLOCK = 1024
+
+
+def silu_reference(x: torch.Tensor) -> torch.Tensor:
+    """Elementwise, float64."""
+    return x.double() / (1 + torch.exp(-x.double()))
+
+
+def silu_mul_reference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Elementwise, float64."""
+    return silu_reference(a) * b.double()
+
+
+@jit
+def _silu_mul_kernel(
+    a_ptr, b_ptr, y_ptr, a_stride, b_stride, y_stride, D, GATED: tl.constexpr, BLOCK: tl.constexpr
+):
+    i_row = tl.program_id(0).to(tl.int64)
+    o_d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m_d = o_d < D
+    b_a = tl.load(a_ptr + i_row * a_stride + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_y = b_a * tl.sigmoid(b_a)  # [BLOCK]
+    if GATED:
+        b_y *= tl.load(b_ptr + i_row * b_stride + o_d, mask=m_d, other=0.0).to(tl.float32)
+    tl.store(y_ptr + i_row * y_stride + o_d, b_y.to(y_ptr.dtype.element_ty), mask=m_d)
+
+
+def _triton(a: torch.Tensor, b: torch.Tensor | None, y: torch.Tensor) -> None:
+    T, D = a.shape
+    _silu_mul_kernel[(T, -(-D // BLOCK))](
+        a,
+        b,
+        y,
+        a.stride(0),
+        0 if b is None else b.stride(0),
+        y.stride(0),
+        D,
+        GATED=b is not None,
+        BLOCK=BLOCK,
+    )
+
+
+def _torch(a: torch.Tensor, b: torch.Tensor | None, y: torch.Tensor) -> None:
+    if b is None:
+        y.copy_(F.silu(a.float())) if y is not a else F.silu(y, inplace=True)
+    elif a.dtype == torch.float32:
+        torch.mul(F.silu(a), b, out=y)
+    else:
+        y.copy_(F.silu(a.float()).mul_(b))
+
+
+def silu_mul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a, b [T, D], rows anywhere (halves of one [T, 2 D], say) -> silu(a) * b [T, D]."""
+    assert a.ndim == 2 and a.shape == b.shape and a.stride(-1) == b.stride(-1) == 1
+    y = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    (_triton if a.is_cuda else _torch)(a, b, y)
+    return y
+
+
+def silu_(x: torch.Tensor) -> torch.Tensor:
+    """x [T, D], rows anywhere: silu in place; returns x."""
+    assert x.ndim == 2 and x.stride(-1) == 1
+    (_triton if x.is_cuda else _torch)(x, None, x)
+    return x

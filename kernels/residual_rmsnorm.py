@@ -1,0 +1,103 @@
+"""Weighted residual and RMSNorm in one pass: y = RMSNorm(alpha x + beta f) * weight.
+
+With MiniMax's post-norm (arXiv 2501.08313, section 2.2) x is itself a normed value, so the sum is
+not kept.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+import torch
+
+from kernels.language import jit, next_power_of_2, tl
+from kernels.rmsnorm import rmsnorm_reference
+
+
+def residual_rmsnorm_reference(
+    x: torch.Tensor, f: torch.Tensor, alpha: float, beta: float, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """x, f [T, D] -> [T, D] float64."""
+    return rmsnorm_reference(alpha * x.double() + beta * f.double(), weight, eps)
+
+
+@jit
+def _residual_rmsnorm_kernel(
+    x_ptr,
+    f_ptr,
+    weight_ptr,
+    y_ptr,
+    alpha,
+    beta,
+    x_stride,
+    f_stride,
+    D,
+    eps,
+    BLOCK_D: tl.constexpr,
+):
+    i_row = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    b_x = tl.load(x_ptr + i_row * x_stride + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_f = tl.load(f_ptr + i_row * f_stride + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_w = tl.load(weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_z = alpha * b_x + beta * b_f  # [BLOCK_D]
+    b_y = b_z / tl.sqrt(tl.sum(b_z * b_z) / D + eps) * b_w
+    tl.store(y_ptr + i_row * D + o_d, b_y.to(y_ptr.dtype.element_ty), mask=m_d)
+
+
+def _triton(
+    x: torch.Tensor,
+    f: torch.Tensor,
+    alpha: float,
+    beta: float,
+    weight: torch.Tensor,
+    eps: float,
+    y: torch.Tensor,
+) -> None:
+    T, D = x.shape
+    BLOCK_D = next_power_of_2(D)
+    _residual_rmsnorm_kernel[(T,)](
+        x,
+        f,
+        weight,
+        y,
+        float(alpha),
+        float(beta),
+        x.stride(0),
+        f.stride(0),
+        D,
+        eps,
+        BLOCK_D=BLOCK_D,
+        num_warps=min(max(BLOCK_D // 512, 1), 16),
+    )
+
+
+def _torch(
+    x: torch.Tensor,
+    f: torch.Tensor,
+    alpha: float,
+    beta: float,
+    weight: torch.Tensor,
+    eps: float,
+    y: torch.Tensor,
+) -> None:
+    z = torch.add(x.float() * alpha, f.float(), alpha=beta)
+    z.mul_(z.square().mean(-1, keepdim=True).add_(eps).rsqrt_())
+    torch.mul(z, weight, out=y) if y.dtype == torch.float32 else y.copy_(z.mul_(weight))
+
+
+def residual_rmsnorm(
+    x: torch.Tensor,
+    f: torch.Tensor,
+    alpha: float,
+    beta: float,
+    weight: torch.Tensor,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """x, f [T, D], rows anywhere, weight [D] -> RMSNorm(alpha x + beta f) * weight [T, D]."""
+    assert x.ndim == 2 and x.shape == f.shape and x.stride(-1) == f.stride(-1) == 1
+    assert weight.shape == x.shape[-1:] and weight.is_contiguous()
+    y = torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device)
+    (_triton if x.is_cuda else _torch)(x, f, alpha, beta, weight, eps, y)
+    return y

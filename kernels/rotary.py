@@ -1,0 +1,107 @@
+"""Rotary positions (RoFormer, arXiv 2104.09864, section 3.4.2), halves as in GPT-NeoX.
+
+    y1 = x1 cos - x2 sin        y2 = x2 cos + x1 sin
+
+where x1 and x2 are the halves of a head's first r dimensions; the others pass through.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+import torch
+
+from kernels.language import jit, next_power_of_2, tl
+
+
+def rotary_angles(
+    positions: torch.Tensor, inv_freq: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """positions [T] int64, inv_freq [r / 2] float64 -> cos, sin [T, r / 2] float32.
+
+    The angle is float64: in float32 it is off by up to 0.09 rad at 4 million positions.
+    """
+    assert positions.dtype == torch.int64 and inv_freq.dtype == torch.float64
+    angles = positions.double()[:, None] * inv_freq
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotary_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [T, H, d], cos, sin [T, r / 2] -> [T, H, d] float64."""
+    half = cos.shape[-1]
+    x, cos, sin = x.double(), cos.double()[:, None], sin.double()[:, None]
+    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1)
+
+
+@jit
+def _rotary_kernel(
+    x_ptr,
+    cos_ptr,
+    sin_ptr,
+    y_ptr,
+    x_row_stride,
+    x_head_stride,
+    H,
+    D,
+    HALF,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    i_t = tl.program_id(0).to(tl.int64)
+    o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    m_rotated = o_d < 2 * HALF
+    m_first = o_d < HALF
+    o_other = tl.where(m_first, o_d + HALF, o_d - HALF)  # the dimension that it is rotated with
+    o_angle = i_t * HALF + o_d % HALF
+    b_cos = tl.load(cos_ptr + o_angle, mask=m_rotated, other=1.0)  # [BLOCK_D]
+    b_sin = tl.load(sin_ptr + o_angle, mask=m_rotated, other=0.0)
+    b_sin = tl.where(m_first, -b_sin, b_sin)
+    p_x = x_ptr + i_t * x_row_stride + o_h[:, None] * x_head_stride  # [BLOCK_H, 1]
+    m_h = o_h[:, None] < H
+    b_x = tl.load(p_x + o_d, mask=m_h & m_d, other=0.0).to(tl.float32)  # [BLOCK_H, BLOCK_D]
+    b_other = tl.load(p_x + o_other, mask=m_h & m_rotated, other=0.0).to(tl.float32)
+    b_y = b_x * b_cos + b_other * b_sin
+    p_y = y_ptr + (i_t * H + o_h[:, None]) * D + o_d
+    tl.store(p_y, b_y.to(y_ptr.dtype.element_ty), mask=m_h & m_d)
+
+
+def _triton(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, y: torch.Tensor) -> None:
+    T, H, D = x.shape
+    BLOCK_D = next_power_of_2(D)
+    BLOCK_H = min(next_power_of_2(H), max(4096 // BLOCK_D, 1))
+    _rotary_kernel[(T, -(-H // BLOCK_H))](
+        x,
+        cos,
+        sin,
+        y,
+        x.stride(0),
+        x.stride(1),
+        H,
+        D,
+        cos.shape[1],
+        BLOCK_H=BLOCK_H,
+        BLOCK_D=BLOCK_D,
+    )
+
+
+def _torch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, y: torch.Tensor) -> None:
+    half = cos.shape[1]
+    cos, sin = cos[:, None], sin[:, None]
+    x1, x2 = x[..., :half].float(), x[..., half : 2 * half].float()
+    y[..., :half] = (x1 * cos).addcmul_(x2, sin, value=-1)
+    y[..., half : 2 * half] = (x2 * cos).addcmul_(x1, sin)
+    if 2 * half < x.shape[-1]:
+        y[..., 2 * half :] = x[..., 2 * half :]
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [T, H, d], rows and heads anywhere, cos, sin [T, r / 2] float32 -> [T, H, d]."""
+    T, _, d = x.shape
+    assert x.stride(-1) == 1
+    assert cos.shape == sin.shape and len(cos) == T and 2 * cos.shape[1] <= d
+    assert cos.dtype == sin.dtype == torch.float32 and cos.is_contiguous() and sin.is_contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (_triton if x.is_cuda else _torch)(x, cos, sin, y)
+    return y

@@ -1,0 +1,39 @@
+"""What the kernel tests are made of: packings, strided inputs, pools, errors."""
+
+from itertools import accumulate
+
+import torch
+
+from kernels.packing import Packing
+
+NAN = float("nan")
+
+
+def pack(lengths, slots, starts, device="cpu"):
+    """A packing from plain lists."""
+    return Packing(
+        tuple(lengths),
+        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
+        torch.tensor(slots, dtype=torch.int32, device=device),
+        torch.tensor(starts, dtype=torch.int64, device=device),
+    )
+
+
+def interleaved(T, H, widths, dtype=torch.float32, device="cpu"):
+    """Views [T, H, width] into one tensor that interleaves them per head, as a projection does."""
+    return torch.randn(T, H, sum(widths), device=device).to(dtype).split(widths, dim=-1)
+
+
+def pool(slots, *shapes, dtype=torch.float32, device="cpu"):
+    """NaN-filled views [slots, *shape] into slot-major memory that holds other things too."""
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    memory = torch.full((slots, sum(sizes) + 8), NAN, device=device).to(dtype)
+    parts = memory.split([*sizes, 8], dim=1)
+    return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=False)]
+
+
+def error(actual, expected):
+    """Norm of the difference relative to the norm of what is expected; NaN if anything is NaN."""
+    actual, expected = actual.double().cpu(), expected.double().cpu()
+    assert actual.shape == expected.shape
+    return float((actual - expected).norm() / expected.norm())

@@ -1,0 +1,130 @@
+"""Chunked lightning attention against the recurrence."""
+
+import pytest
+import torch
+
+from kernels.lightning_decode import lightning_decode
+from kernels.lightning_prefill import lightning_prefill
+from kernels.lightning_reference import lightning_reference
+from tests.kernels.cases import error, interleaved, pack, pool
+
+BOUND = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-3}
+SLOPES = [0.9, 4.05e-8, 0.0, 0.03]  # float32 rounds exp(-64 * 4.05e-8) as badly as it can
+
+
+def check(lengths, starts, *, dk, dv, dtype, device, H=2, state_dtype=torch.float32, bound=None):
+    """One call for all sequences, slots in no order, against the recurrence of each alone."""
+    bound = bound or BOUND[dtype]
+    N = len(lengths)
+    q, k, v = interleaved(sum(lengths), H, (dk, dk, dv), dtype, device)
+    slopes = torch.tensor(SLOPES[:H], device=device)
+    slots = torch.randperm(2 * N)[:N].tolist()
+    (states,) = pool(2 * N, (H, dk, dv), dtype=state_dtype, device=device)
+    initial = torch.randn(N, H, dk, dv, device=device).to(state_dtype)
+    for i in range(N):
+        if starts[i] > 0:
+            states[slots[i]] = initial[i]
+        else:
+            initial[i] = 0  # while the slot holds NaN
+    o = lightning_prefill(q, k, v, slopes, 0.3, states, pack(lengths, slots, starts, device))
+    assert o.dtype == dtype and o.is_contiguous() and o.shape == (sum(lengths), H, dv)
+    first = 0
+    for i, n in enumerate(lengths):
+        rows = slice(first, first + n)
+        first += n
+        expected, state = lightning_reference(q[rows], k[rows], v[rows], slopes, 0.3, initial[i])
+        assert error(o[rows], expected) <= bound
+        assert error(states[slots[i]], state) <= bound
+    untouched = [i for i in range(2 * N) if i not in slots]
+    assert states[untouched].isnan().all()
+
+
+def test_ugly_lengths_in_one_call(device, dtype):
+    lengths, starts = [64, 1, 781, 63, 257, 100], [5, 1, 70, 0, 3, 0]
+    check(lengths, starts, dk=32, dv=16, dtype=dtype, device=device)
+
+
+def test_equal_lengths(device):
+    lengths, starts = [100, 100, 100, 64, 64, 7, 7, 100], [0, 1, 2, 3, 0, 5, 0, 7]
+    check(lengths, starts, dk=16, dv=16, dtype=torch.float32, device=device)
+
+
+@pytest.mark.parametrize(("dk", "dv"), [(64, 64), (96, 96), (128, 128), (256, 128), (48, 80)])
+def test_head_sizes(device, dk, dv, dtype):
+    check([1, 70], [9, 0], dk=dk, dv=dv, dtype=dtype, device=device, H=1)
+
+
+def test_four_slopes(device):
+    check([257, 70], [0, 4], dk=16, dv=32, dtype=torch.float32, device=device, H=4)
+
+
+def test_bfloat16_state(device):
+    dtypes = {"dtype": torch.float32, "state_dtype": torch.bfloat16}
+    check([100, 70], [0, 4], dk=32, dv=32, device=device, bound=4e-3, **dtypes)
+
+
+@pytest.mark.parametrize("splits", [(1, 780), (64, 717), (100, 300, 381), (780, 1)])
+def test_chunks_equal_the_whole(device, splits):
+    H, d, n = 2, 16, sum(splits)
+    q, k, v = interleaved(n, H, (d, d, d), device=device)
+    slopes = torch.tensor(SLOPES[:H], device=device)
+    (whole,), (parts,) = pool(1, (H, d, d), device=device), pool(1, (H, d, d), device=device)
+    expected = lightning_prefill(q, k, v, slopes, 1.0, whole, pack([n], [0], [0], device))
+    start, rows = 0, []
+    for m in splits:
+        q_i, k_i, v_i = (x[start : start + m] for x in (q, k, v))
+        packing = pack([m], [0], [start], device)
+        rows.append(lightning_prefill(q_i, k_i, v_i, slopes, 1.0, parts, packing))
+        start += m
+    assert error(torch.cat(rows), expected) <= 1e-5
+    assert error(parts, whole) <= 1e-5
+
+
+def test_token_by_token_equals_the_whole(device):
+    H, d, n = 2, 32, 70
+    q, k, v = interleaved(n, H, (d, d, d), device=device)
+    slopes = torch.tensor(SLOPES[:H], device=device)
+    (whole,), (parts,) = pool(1, (H, d, d), device=device), pool(1, (H, d, d), device=device)
+    expected = lightning_prefill(q, k, v, slopes, 1.0, whole, pack([n], [0], [0], device))
+    slot = torch.zeros(1, dtype=torch.int32, device=device)
+    rows = []
+    for t in range(n):
+        start = torch.tensor([t], device=device)
+        q_t, k_t, v_t = (x[t : t + 1] for x in (q, k, v))
+        rows.append(lightning_decode(q_t, k_t, v_t, slopes, 1.0, parts, slot, start))
+    assert error(torch.cat(rows), expected) <= 1e-5
+    assert error(parts, whole) <= 1e-5
+
+
+@pytest.mark.parametrize("device", ["torch"], indirect=True)
+def test_a_small_slope_does_not_drift(device):
+    """Multiplied by a rounded decay, the state would be off by 3e-5 after so many blocks."""
+    drift(device, 131_072)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="long for the interpreter")
+@pytest.mark.parametrize("device", ["triton"], indirect=True)
+def test_a_small_slope_does_not_drift_on_the_device(device):
+    drift(device, 131_072)
+
+
+def drift(device, n):
+    """Fold n tokens in pieces; the state is a sum that float64 takes at once."""
+    H, d = 4, 16
+    slopes = torch.tensor(SLOPES, device=device)
+    (states,) = pool(1, (H, d, d), device=device)
+    q, k, v = interleaved(n, H, (d, d, d), device=device)
+    for start in range(0, n, 8192):
+        rows = slice(start, start + 8192)
+        packing = pack([8192], [0], [start], device)
+        lightning_prefill(q[rows], k[rows], v[rows], slopes, 1.0, states, packing)
+    age = torch.arange(n - 1, -1, -1, dtype=torch.float64, device=device)
+    decay = torch.exp(-age[:, None] * slopes.double())
+    expected = torch.einsum("thk,thv->hkv", k.double() * decay[..., None], v.double())
+    for h in range(H):
+        assert error(states[0, h], expected[h]) <= 1e-5, f"slope {SLOPES[h]}"
+
+
+def test_a_length_of_zero_is_named():
+    with pytest.raises(ValueError, match=r"sequence 1 .* length 0"):
+        pack([3, 0], [0, 1], [0, 0])

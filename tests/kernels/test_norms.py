@@ -1,0 +1,61 @@
+"""RMSNorm and what is fused with it."""
+
+import pytest
+import torch
+
+from kernels.residual_rmsnorm import residual_rmsnorm, residual_rmsnorm_reference
+from kernels.rmsnorm import rmsnorm, rmsnorm_reference
+from kernels.rmsnorm_gate import rmsnorm_gate, rmsnorm_gate_reference
+from tests.kernels.cases import error
+
+BOUND = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 3e-3}
+WIDTHS = pytest.mark.parametrize(("T", "D"), [(1, 1), (3, 100), (7, 781), (2, 3072)])
+
+
+def rows(T, D, dtype, device):
+    """[T, D] as the middle columns of a wider tensor."""
+    return torch.randn(T, D + 24, device=device).to(dtype)[:, 8 : D + 8]
+
+
+@WIDTHS
+def test_rmsnorm(device, T, D, dtype):
+    x = rows(T, D, dtype, device)
+    weight = torch.randn(D, device=device).to(dtype)
+    y = rmsnorm(x, weight, 1e-5)
+    assert y.dtype == dtype and y.is_contiguous()
+    assert error(y, rmsnorm_reference(x, weight, 1e-5)) <= BOUND[dtype]
+    y = rmsnorm(x, None, 1e-5, out_dtype=torch.float32)
+    assert y.dtype == torch.float32
+    assert error(y, rmsnorm_reference(x, None, 1e-5)) <= 2e-6
+
+
+def test_rmsnorm_of_each_head(device, dtype):
+    q, _ = torch.randn(5, 3, 2, 48, device=device).to(dtype).unbind(2)
+    weight = torch.randn(48, device=device).to(dtype)
+    assert error(rmsnorm(q, weight, 1e-6), rmsnorm_reference(q, weight, 1e-6)) <= BOUND[dtype]
+
+
+def test_rmsnorm_of_zeros(device):
+    assert (rmsnorm(torch.zeros(2, 8, device=device), None, 1e-6) == 0).all()
+
+
+@WIDTHS
+def test_residual_rmsnorm(device, T, D, dtype):
+    x, f = rows(T, D, dtype, device), rows(T, D, dtype, device)
+    weight = torch.randn(D, device=device).to(dtype)
+    expected = residual_rmsnorm_reference(x, f, 3.5, 0.7, weight, 1e-5)
+    y = residual_rmsnorm(x, f, 3.5, 0.7, weight, 1e-5)
+    assert y.dtype == dtype and y.is_contiguous()
+    assert error(y, expected) <= BOUND[dtype]
+    y = residual_rmsnorm(x, f, 3.5, 0.7, weight, 1e-5, out_dtype=torch.float32)
+    assert y.dtype == torch.float32
+    assert error(y, expected) <= 2e-6
+
+
+@WIDTHS
+def test_rmsnorm_gate(device, T, D, dtype):
+    o, gate = rows(T, D, dtype, device), rows(T, D, dtype, device)
+    weight = torch.randn(D, device=device).to(dtype)
+    y = rmsnorm_gate(o, gate, weight, 1e-6)
+    assert y.dtype == dtype and y.is_contiguous()
+    assert error(y, rmsnorm_gate_reference(o, gate, weight, 1e-6)) <= BOUND[dtype]
