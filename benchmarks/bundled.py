@@ -1,6 +1,6 @@
 """The bundled model through the engine process, beside transformers' generate of the same files.
 
-    python -m benchmarks.bundled [--device cpu] [--new-tokens 64]
+    python -m benchmarks.bundled [--model recall] [--device cpu] [--new-tokens 64]
 
 Each request is a prompt of 2,048 bytes and a fixed number of greedy tokens; nothing ends early.
 The engine is the one that serves: own process, messages over a socket, scheduler, sampler.
@@ -83,7 +83,7 @@ async def engine(settings: Settings, new_tokens: int) -> dict[int, Timing]:
 
 
 def transformers_generate(settings: Settings, new_tokens: int) -> dict[int, Timing]:
-    """The same prompts as one batch through transformers' own classes, best of three."""
+    """The same prompts as one batch through transformers' own classes, best of two."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -112,7 +112,7 @@ def transformers_generate(settings: Settings, new_tokens: int) -> dict[int, Timi
     for count in (1, 32):
         ids = torch.tensor(prompts(count), device=device)
         run(ids, 2)
-        first = min(run(ids, 1) for _ in range(3))
+        first = min(run(ids, 1) for _ in range(2))
         end = min(run(ids, new_tokens) for _ in range(2))
         timings[count] = Timing(first, end, count * new_tokens)
     return timings
@@ -121,9 +121,11 @@ def transformers_generate(settings: Settings, new_tokens: int) -> dict[int, Timi
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--model", default="recall")
     parser.add_argument("--new-tokens", type=int, default=64)
     options = parser.parse_args()
-    settings = Settings(device=options.device, threads=len(os.sched_getaffinity(0)))
+    threads = len(os.sched_getaffinity(0))
+    settings = Settings(model=options.model, device=options.device, threads=threads)
     ours = asyncio.run(engine(settings, options.new_tokens))
     theirs = transformers_generate(settings, options.new_tokens)
     rows = []

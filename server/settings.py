@@ -1,4 +1,4 @@
-"""One frozen Settings object: its fields are the command line's flags and STEADYSTATE_* variables."""
+"""One frozen Settings object: its fields are flags of the command and STEADYSTATE_* variables."""
 
 from __future__ import annotations
 
@@ -17,37 +17,84 @@ class Settings(BaseSettings):
     )
 
     model: str = Field("recall", description="checkpoint directory, or the name of a bundled model")
-    served_model_name: str | None = Field(None, description="id under /v1/models; default: the directory's name")
+    served_model_name: str | None = Field(
+        None,
+        description="id under /v1/models; default: the directory's name",
+    )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
-    api_key: Annotated[tuple[str, ...], NoDecode] = Field((), description="accepted API keys, comma separated; none: open to all")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
+    api_key: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="accepted API keys, comma separated; none: open to all",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info",
+        description="least level logged",
+    )
 
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="auto: CUDA where there is one",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of weights and activations; auto: bfloat16 on CUDA, float32 on the CPU"
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads of the engine; default: all cores")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads of the engine; default: all cores",
+    )
 
-    max_running: int = Field(256, ge=1, description="sequences computed at a time, one state slot each")
-    memory_fraction: float = Field(0.9, gt=0, le=1, description="of device memory, for weights, states and KV blocks")
+    max_running: int = Field(
+        256,
+        ge=1,
+        description="sequences computed at a time, one state slot each",
+    )
+    memory_fraction: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="of device memory, for weights, states and KV blocks",
+    )
     state_memory_gb: float | None = Field(
-        None, gt=0, description="budget for states and KV blocks in GB; default: what memory_fraction leaves (CPU: 4)"
+        None,
+        gt=0,
+        description="GB for states and KV blocks; default: what memory_fraction leaves (CPU: 4)",
     )
     max_model_len: int | None = Field(
-        None, ge=2, description="most tokens of a sequence; default: none for a pure model, else what the KV budget holds"
+        None,
+        ge=2,
+        description="most tokens of a sequence; default: unbounded, a hybrid: what its blocks hold",
     )
     max_step_tokens: int | None = Field(
-        None, ge=1, description="token budget of one engine step; default: 8192 on CUDA, 2048 on the CPU"
+        None,
+        ge=1,
+        description="token budget of one engine step; default: 8192 on CUDA, 2048 on the CPU",
     )
 
-    default_max_tokens: int = Field(4096, ge=1, description="chat: tokens generated when the request names no bound")
-    max_queue_requests: int = Field(1024, ge=1, description="requests waiting for a slot before 429")
+    default_max_tokens: int = Field(
+        4096,
+        ge=1,
+        description="chat: tokens generated when the request names no bound",
+    )
+    max_queue_requests: int = Field(
+        1024,
+        ge=1,
+        description="requests waiting for a slot before 429",
+    )
     max_queue_tokens: int = Field(64_000_000, ge=1, description="prompt tokens waiting before 429")
     max_body_bytes: int = Field(256_000_000, ge=1024, description="largest request body")
     max_n: int = Field(128, ge=1, description="most completions of one request: n times prompts")
-    keepalive_seconds: float = Field(10.0, gt=0, description="an SSE comment after so long a silence")
-    drain_seconds: float = Field(60.0, ge=0, description="after SIGTERM: how long running requests may finish")
+    keepalive_seconds: float = Field(
+        10.0,
+        gt=0,
+        description="an SSE comment after so long a silence",
+    )
+    drain_seconds: float = Field(
+        60.0,
+        ge=0,
+        description="after SIGTERM: how long running requests may finish",
+    )
 
     @field_validator("api_key", mode="before")
     @classmethod
