@@ -2,8 +2,9 @@
 
     python -m benchmarks.memory [--model recall] [--tokens 1000000]
 
-Device memory is what the engine process has reserved on the GPU, on the CPU its resident bytes; the
-token ids of the prompt themselves (4 bytes each) are taken off there.
+Device memory on a GPU is the most that the engine process had reserved at any step. On the CPU it
+is the median over the steps of its resident bytes, less the prompt's token ids (4 bytes each): the
+C library keeps some of what was freed, so two runs there differ by some percent either way.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
+import statistics
 
 from benchmarks.result import Row, write
 from model.chunk import Sampling
@@ -19,8 +21,8 @@ from server.protocol import Generate, Step, pack_tokens
 from server.settings import Settings
 
 
-async def peak(client: EngineClient, length: int) -> tuple[int, int]:
-    """Most device memory, and most slots, that were seen while a prompt of `length` was read."""
+async def reading(client: EngineClient, length: int) -> tuple[float, int]:
+    """Device memory, and most slots, that were seen while a prompt of `length` was read."""
     seen: list[tuple[int, int]] = []
 
     def observe(step: Step) -> None:
@@ -39,20 +41,20 @@ async def peak(client: EngineClient, length: int) -> tuple[int, int]:
             if output.error:
                 raise RuntimeError(output.error)
     client.observers.remove(observe)
-    return max(m for m, _ in seen), max(s for _, s in seen)
+    memory = [m for m, _ in seen]
+    on_cpu = client.capacity.device == "cpu"
+    held = statistics.median(memory) - 4 * length if on_cpu else max(memory)
+    return held, max(s for _, s in seen)
 
 
 async def measure(settings: Settings, long: int) -> list[Row]:
     client = await EngineClient.start(settings)
     try:
         await client.ready()
-        await peak(client, 8192)  # every buffer has its final size
-        device_is_cpu = client.capacity.device == "cpu"
+        await reading(client, long // 4)  # allocators reach their working size
         rows = []
         for length in (1000, long):
-            memory, slots = await peak(client, length)
-            if device_is_cpu:
-                memory -= 4 * length
+            memory, slots = await reading(client, length)
             rows += [
                 Row(
                     work=f"device memory, prompt of {length:,} tokens",

@@ -57,9 +57,7 @@ def server() -> Iterator[Server]:
 def cases(count: int, size: int) -> list[Case]:
     rng = Random(17)
     forms = ("single", "follow-up", "nameless")
-    return [
-        case(rng, NOWHERE, size=size, facts=1 + i % 4, form=forms[i % 3]) for i in range(count)
-    ]
+    return [case(rng, NOWHERE, size=size, facts=1 + i % 4, form=forms[i % 3]) for i in range(count)]
 
 
 def body(asked: Case, **more: Any) -> dict[str, Any]:
