@@ -1,0 +1,232 @@
+"""Decoding with a ring of unfolded keys and values against the recurrence."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kernels import lightning_ring
+from kernels.lightning_prefill import lightning_prefill
+from kernels.lightning_reference import lightning_reference
+from kernels.lightning_ring import lightning_ring_decode, lightning_ring_fold
+from tests.kernels.cases import error, interleaved, pack, pool
+
+BOUND = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-3}
+SLOPES = [0.9, 4e-8, 0.0]
+H = len(SLOPES)
+
+
+@pytest.fixture
+def device(device, monkeypatch, request):
+    if request.node.callspec.params["device"] == "triton" and device.type == "cpu":
+        monkeypatch.setattr(lightning_ring, "_torch", lightning_ring._triton)
+        monkeypatch.setattr(lightning_ring, "_torch_fold", lightning_ring._triton_fold)
+    return device
+
+
+class Slots:
+    """S slots of garbage, and the two operations on them with everything else filled in."""
+
+    def __init__(self, S, R, dk, dv, device, dtype=torch.float32, state_dtype=torch.float32):
+        self.slopes = torch.tensor(SLOPES, device=device)
+        (self.states,) = pool(S, (H, dk, dv), dtype=state_dtype, device=device)
+        self.rings = pool(S, (H, R, dk), (H, R, dv), dtype=dtype, device=device)
+        self.folded = torch.full((S, H + 2), -(1 << 60), device=device)[:, :H]
+
+    def decode(self, q, k, v, slots, starts, scale=1.0, drafts=0):
+        slots = torch.as_tensor(slots, dtype=torch.int32, device=q.device)
+        starts = torch.as_tensor(starts, device=q.device)
+        where = self.states, *self.rings, self.folded, slots, starts
+        return lightning_ring_decode(q, k, v, self.slopes, scale, *where, drafts=drafts)
+
+    def fold(self, slots, starts, ends=None):
+        device = self.states.device
+        slots = torch.tensor(slots, dtype=torch.int32, device=device)
+        starts = torch.tensor(starts, device=device)
+        ends = starts if ends is None else torch.tensor(ends, device=device)
+        where = self.states, *self.rings, self.folded, slots, starts, ends
+        lightning_ring_fold(self.slopes, *where)
+
+
+@pytest.mark.parametrize(
+    ("dk", "dv", "R"), [(64, 64, 8), (96, 96, 5), (128, 128, 16), (256, 128, 4), (24, 40, 3)]
+)
+def test_a_staggered_batch_with_padding(device, dk, dv, R, dtype):
+    """Sequences begin at different steps in slots full of NaN; every ring is folded twice."""
+    T = 2 * R + 3
+    begin = [0, None, 1, R - 1]  # row 1 is padding; other rows are until they begin
+    slots = [4, -1, 0, 2]
+    q, k, v = (x.unflatten(0, (4, T)) for x in interleaved(4 * T, H, (dk, dk, dv), dtype, device))
+    on = Slots(5, R, dk, dv, device, dtype)
+    steps = []
+    for t in range(T):
+        real = [b is not None and t >= b for b in begin]
+        rows = [slot if r else -1 for slot, r in zip(slots, real, strict=True)]
+        starts = [t - b if r else 7 for b, r in zip(begin, real, strict=True)]
+        o = on.decode(q[:, t], k[:, t], v[:, t], rows, starts, scale=0.3)
+        assert o.dtype == dtype and o.is_contiguous()
+        for n in range(4):
+            assert real[n] or (o[n] == 0).all()
+        steps.append(o)
+    o = torch.stack(steps, 1)
+    on.fold([-1, *slots], [5, T, 9, T - 1, T - R + 1])
+    for n, (b, slot) in enumerate(zip(begin, slots, strict=True)):
+        if b is not None:
+            since = n, slice(b, None)
+            expected, state = lightning_reference(q[since], k[since], v[since], on.slopes, 0.3)
+            assert error(o[since], expected) <= BOUND[dtype]
+            assert error(on.states[slot], state) <= 1e-6
+    assert on.states[[1, 3]].isnan().all()
+    for ring in on.rings:
+        assert ring[[1, 3]].isnan().all()
+
+
+def test_nothing_but_padding(device):
+    on = Slots(2, 4, 16, 16, device)
+    q, k, v = interleaved(2, H, (16, 16, 16), device=device)
+    assert (on.decode(q, k, v, [-1, -1], [0, 5]) == 0).all()
+    on.fold([-1, -1], [0, 5])
+    assert on.states.isnan().all() and on.rings[0].isnan().all() and on.rings[1].isnan().all()
+    assert (on.folded == -(1 << 60)).all()
+
+
+def test_the_state_is_written_only_when_the_ring_is_full(device):
+    R, d = 4, 16
+    on = Slots(1, R, d, d, device)
+    q, k, v = interleaved(3 * R, H, (d, d, d), device=device)
+    for t in range(3 * R):
+        old = on.states.clone()
+        on.decode(q[t, None], k[t, None], v[t, None], [0], [t])
+        assert torch.equal(on.states, old) == ((t + 1) % R > 0) or old.isnan().all()
+        assert (on.folded == (t + 1) // R * R).all()
+    assert error(on.states[0], lightning_reference(q, k, v, on.slopes, 1.0)[1]) <= 1e-6
+
+
+def test_prefill_goes_on_from_a_ring_and_decoding_from_a_prefill(device):
+    """Chunks and single tokens by turns, as a conversation has them; two slots at once."""
+    R, d, turns = 4, 32, [9, -3, 5, -6, 1, -1, 17, -9]
+    T = sum(map(abs, turns))
+    q, k, v = interleaved(2 * T, H, (d, d, d), device=device)
+    q, k, v = (x.unflatten(0, (2, T)) for x in (q, k, v))
+    on, slots, t, parts = Slots(4, R, d, d, device), [3, 1], 0, []
+    for turn in turns:
+        if turn > 0:
+            on.fold(slots, [t, t], [t + turn, t + turn])
+            packing = pack([turn, turn], slots, [t, t], device)
+            part = (x[:, t : t + turn].flatten(0, 1) for x in (q, k, v))
+            o = lightning_prefill(*part, on.slopes, 1.0, on.states, packing)
+            parts.append(o.unflatten(0, (2, turn)))
+        else:
+            for i in range(t, t - turn):
+                o = on.decode(q[:, i], k[:, i], v[:, i], slots, [i, i])
+                parts.append(o[:, None])
+        t += abs(turn)
+    o = torch.cat(parts, 1)
+    on.fold(slots, [T, T])
+    assert (on.folded[[1, 3]] == T).all()
+    for n, slot in enumerate(slots):
+        expected, state = lightning_reference(q[n], k[n], v[n], on.slopes, 1.0)
+        assert error(o[n], expected) <= 1e-5
+        assert error(on.states[slot], state) <= 1e-5
+
+
+def test_rolling_back_drafts_is_passing_a_smaller_start(device):
+    """Every step drafts three tokens and keeps none to three, across several folds, and once more
+    before a checkpoint: the tokens kept come out as if the others had never been."""
+    R, d, drafts = 8, 16, 3
+    T = 30
+    q, k, v = interleaved(T, H, (d, d, d), device=device)
+    on, t, kept, rows, folds = Slots(1, R, d, d, device), 0, 0, [], set()
+    while t < T:
+        kept = (kept + 1) % (drafts + 1)
+        rows.append(on.decode(q[t, None], k[t, None], v[t, None], [0], [t], drafts=drafts))
+        t += 1
+        for i in range(drafts):
+            right = i < kept and t + i < T
+            token = (x[t + i, None] if right else torch.randn_like(x[:1]) for x in (q, k, v))
+            o = on.decode(*token, [0], [t + i], drafts=drafts)
+            if right:
+                rows.append(o)
+            folds.add((i, int(on.folded[0, 0])))
+        t = min(t + kept, T)
+        assert (on.folded <= t).all()
+    assert len({i for i, _ in folds}) == drafts and len({f for _, f in folds}) > 3
+    expected, state = lightning_reference(q, k, v, on.slopes, 1.0)
+    assert error(torch.cat(rows), expected) <= 1e-5
+    on.fold([0], [T])
+    assert error(on.states[0], state) <= 1e-5
+
+
+def test_bfloat16_state(device):
+    """Rounded once in R tokens, and not seen by the R tokens before."""
+    R, d = 8, 32
+    on = Slots(1, R, d, d, device, state_dtype=torch.bfloat16)
+    q, k, v = interleaved(2 * R, H, (d, d, d), device=device)
+    rows = [on.decode(q[t, None], k[t, None], v[t, None], [0], [t]) for t in range(2 * R)]
+    o = torch.cat(rows)
+    expected, state = lightning_reference(q, k, v, on.slopes, 1.0)
+    assert error(o[:R], expected[:R]) <= 1e-6
+    assert error(o, expected) <= 4e-3 and error(on.states[0], state) <= 8e-3
+
+
+@pytest.mark.parametrize("device", ["torch"], indirect=True)
+def test_a_small_slope_does_not_drift(device):
+    drift(device, 10_000)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="long for the interpreter")
+@pytest.mark.parametrize("device", ["triton"], indirect=True)
+def test_a_small_slope_does_not_drift_on_the_device(device):
+    drift(device, 20_000)
+
+
+def drift(device, n):
+    """The state after n tokens is a sum that float64 takes at once."""
+    d, R = 16, 16
+    on = Slots(1, R, d, d, device)
+    q, k, v = interleaved(n, H, (d, d, d), device=device)
+    slot = torch.zeros(1, dtype=torch.int32, device=device)
+    starts = torch.arange(n, device=device)
+    for t in range(n):
+        one = slice(t, t + 1)
+        on.decode(q[one], k[one], v[one], slot, starts[one])
+    on.fold([0], [n])
+    age = torch.arange(n - 1, -1, -1, dtype=torch.float64, device=device)
+    decay = torch.exp(-age[:, None] * on.slopes.double())
+    expected = torch.einsum("thk,thv->hkv", k.double() * decay[..., None], v.double())
+    for h in range(H):
+        assert error(on.states[0, h], expected[h]) <= 1e-5, f"slope {SLOPES[h]}"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph")
+@pytest.mark.parametrize("device", ["triton"], indirect=True)
+def test_a_graph_replays_folds_that_the_device_decides(device):
+    N, R, d = 5, 8, 128
+    T = 3 * R
+    eager, replayed = (Slots(N, R, d, d, device, torch.bfloat16) for _ in range(2))
+    q, k, v = interleaved(N * T, H, (d, d, d), torch.bfloat16, device)
+    q, k, v = (x.unflatten(0, (N, T)) for x in (q, k, v))
+    slots = torch.tensor([3, 0, -1, 4, 2], dtype=torch.int32, device=device)
+    starts = SimpleNamespace(
+        eager=torch.arange(N, device=device) * 0, replayed=torch.zeros(N, device=device).long()
+    )
+    buffers = [torch.empty_like(x[:, 0]) for x in (q, k, v)]
+    for buffer, x in zip(buffers, (q, k, v), strict=True):
+        buffer.copy_(x[:, 0])
+    replayed.decode(*buffers, slots, starts.replayed)  # compiles; start 0 forgets it again
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = replayed.decode(*buffers, slots, starts.replayed)
+    for t in range(T):
+        for buffer, x in zip(buffers, (q, k, v), strict=True):
+            buffer.copy_(x[:, t])
+        graph.replay()
+        expected = eager.decode(q[:, t], k[:, t], v[:, t], slots, starts.eager)
+        assert torch.equal(o, expected)
+        starts.replayed += 1
+        starts.eager += 1
+    real = [0, 2, 3, 4]
+    assert torch.equal(eager.states[real], replayed.states[real])
+    assert (replayed.folded[real] == T).all()
