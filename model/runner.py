@@ -106,11 +106,13 @@ class ModelRunner:
     def warm_up(self, tokens: int) -> None:
         """Run every kind of step once, so that no kernel compiles under a request.
 
-        Uses slot 0 (and the first blocks), which nobody owns yet; tokens bounds the prompt chunk.
+        Chunks of all sizes up to `tokens`, so that the allocator has reached its working size. Uses
+        slots 0 and 1 (and the first blocks), which nobody owns yet.
         """
         blocks = range(-(-tokens // BLOCK_SIZE)) if self.capacity.blocks else ()
         draw = Sampling(temperature=1.0, top_k=2, logprobs=1)
-        for n in sorted({1, min(tokens, 16), min(tokens, 100), tokens}):
+        ladder = {tokens, 1, min(tokens, 100), *(2**i for i in range(1, tokens.bit_length()))}
+        for n in sorted(ladder, reverse=True):
             zeros = [0] * n
             self.step([Chunk(tokens=zeros, start=0, slot=0, blocks=blocks, sampling=draw)])
         self.step([Chunk(tokens=[0], start=tokens - 1, slot=0, blocks=blocks, sampling=Sampling())])
