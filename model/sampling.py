@@ -12,6 +12,7 @@ from model.chunk import Chunk, Sampled, Sampling
 
 PROMPT = 1 << 30  # in Seen: this id stands in the prompt; the bits below count generated ones
 MASK64 = (1 << 64) - 1
+COLDEST = 1e-5  # below this temperature the best token is all that float32 would leave
 
 
 def uniform(seed: int, counter: int) -> float:
@@ -63,7 +64,6 @@ def sample(logits: torch.Tensor, chunks: Sequence[Chunk], seen: Seen) -> torch.T
     asked = [i for i, s in enumerate(wanted) if s.logprobs is not None]
     best = max((wanted[i].logprobs or 0 for i in asked), default=0)
     log_probabilities = logits[asked].log_softmax(-1) if asked else None
-    finite = logits.amax(-1).isfinite()
 
     _bias(logits, chunks)
     penalised = [i for i, s in enumerate(wanted) if s.penalised]
@@ -71,18 +71,18 @@ def sample(logits: torch.Tensor, chunks: Sequence[Chunk], seen: Seen) -> torch.T
         table = torch.stack([seen.rows[chunks[i].slot] for i in penalised])
         logits[penalised] = _penalise(logits[penalised], table, [wanted[i] for i in penalised])
 
-    ids = logits.argmax(-1)
-    plain = [i for i, s in enumerate(wanted) if s.temperature > 0 and not _filtered(s)]
-    filtered = [i for i, s in enumerate(wanted) if s.temperature > 0 and _filtered(s)]
+    highest, ids = logits.max(-1)
+    finite = highest.isfinite()
+    warm = [i for i, s in enumerate(wanted) if s.temperature >= COLDEST]
+    plain = [i for i in warm if not _filtered(wanted[i])]
+    filtered = [i for i in warm if _filtered(wanted[i])]
     for rows, draw in ((plain, _draw), (filtered, _draw_filtered)):
         if rows:
             noise = [uniform(wanted[i].seed, chunks[i].generated) for i in rows]
             temperatures = _column([wanted[i].temperature for i in rows], device)
             whole = len(rows) == len(logits)
-            picked = logits if whole else logits[rows]
-            drawn = draw(
-                picked / temperatures, _column(noise, device), [wanted[i] for i in rows], device
-            )
+            picked = logits - highest[:, None] if whole else logits[rows] - highest[rows, None]
+            drawn = draw(picked / temperatures, noise, [wanted[i] for i in rows], device)
             ids = drawn if whole else ids.index_copy(0, torch.tensor(rows, device=device), drawn)
 
     result = torch.zeros(len(logits), 2 + 2 * best, dtype=torch.float64, device=device)
@@ -151,21 +151,26 @@ def _penalise(logits: torch.Tensor, table: torch.Tensor, wanted: list[Sampling])
     return logits - presence * (counts > 0) - frequency * counts
 
 
-def _invert(probabilities: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """The index at which the cumulative sum passes noise [R, 1] of its total, [R, 1] int64."""
+def _invert(probabilities: torch.Tensor, noise: list[float]) -> torch.Tensor:
+    """The index at which the cumulative sum passes noise (one a row) of its total, [R, 1] int64.
+
+    Both are float64: noise of at most 1 - 2^-32 stays below the total, so what is found has mass.
+    Only in a row of NaN nothing is found; its index stays inside the row all the same.
+    """
     sums = probabilities.cumsum(-1, dtype=torch.float64)
-    found = torch.searchsorted(sums, noise.double() * sums[:, -1:], right=True)
+    shares = torch.tensor(noise, dtype=torch.float64)[:, None].to(probabilities.device)
+    found = torch.searchsorted(sums, shares * sums[:, -1:], right=True)
     return found.clamp_(max=probabilities.shape[1] - 1)
 
 
 def _draw(
-    logits: torch.Tensor, noise: torch.Tensor, wanted: list[Sampling], device: torch.device
+    logits: torch.Tensor, noise: list[float], wanted: list[Sampling], device: torch.device
 ) -> torch.Tensor:
     return _invert(logits.softmax(-1), noise)[:, 0]
 
 
 def _draw_filtered(
-    logits: torch.Tensor, noise: torch.Tensor, wanted: list[Sampling], device: torch.device
+    logits: torch.Tensor, noise: list[float], wanted: list[Sampling], device: torch.device
 ) -> torch.Tensor:
     """Draw among the top_k best, those of at least min_p times the best's probability, and the
     fewest that hold top_p of what is left."""

@@ -6,12 +6,14 @@ layers see strided views of it. KV blocks are laid out likewise.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
 import torch
 
 ALIGNMENT = 256  # bytes; vector loads and copies want aligned fields
+PIECE_BYTES = 16 << 20  # of device memory that saving or restoring blocks takes
 
 
 @dataclass(slots=True, frozen=True)
@@ -85,12 +87,13 @@ class Store:
 
     def save(self, slot: int, blocks: tuple[int, ...], seen: torch.Tensor | None) -> Saved:
         """Copy a slot and blocks to host memory, bit for bit."""
-        index = torch.tensor(blocks, dtype=torch.int64, device=self.device)
-        host = torch.device("cpu")
+        host = torch.empty(len(blocks), self.blocks.bytes, dtype=torch.uint8)
+        for rows, index in self._pieces(blocks):
+            host[rows].copy_(self.blocks.memory[index])
         return Saved(
-            slot=self.slots.memory[slot].to(host, copy=True),
-            blocks=self.blocks.memory[index].to(host),
-            seen=None if seen is None else seen.to(host, copy=True),
+            slot=self.slots.memory[slot].to("cpu", copy=True),
+            blocks=host,
+            seen=None if seen is None else seen.to("cpu", copy=True),
         )
 
     def restore(self, saved: Saved, slot: int, blocks: tuple[int, ...]) -> None:
@@ -98,8 +101,16 @@ class Store:
         if len(blocks) != len(saved.blocks):
             raise ValueError(f"{len(saved.blocks)} blocks were saved, {len(blocks)} are given")
         self.slots.memory[slot].copy_(saved.slot)
-        index = torch.tensor(blocks, dtype=torch.int64, device=self.device)
-        self.blocks.memory[index] = saved.blocks.to(self.device)
+        for rows, index in self._pieces(blocks):
+            self.blocks.memory[index] = saved.blocks[rows].to(self.device)
+
+    def _pieces(self, blocks: tuple[int, ...]) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Rows of the host copy, and the blocks they belong to, as many as PIECE_BYTES holds: the
+        device has no room for a second copy of all blocks of a long sequence."""
+        count = max(PIECE_BYTES // max(self.blocks.bytes, 1), 1)
+        for i in range(0, len(blocks), count):
+            part = torch.tensor(blocks[i : i + count], dtype=torch.int64, device=self.device)
+            yield slice(i, i + len(part)), part
 
     def move(self, source: int, target: int, blocks: list[tuple[int, int]]) -> None:
         """Copy a slot to another and each block to its pair, on the device."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from model import store
 from model.batch import Batch
 from model.chunk import Chunk, Copy, Place, Sampling
 from model.config import ConfigError
@@ -138,8 +139,9 @@ def test_batch_equals_each_alone_in_both_orders(pair) -> None:  # type: ignore[n
             torch.testing.assert_close(together[row], alone[i], atol=2e-5, rtol=1e-4)
 
 
-def test_saved_and_restored_bit_for_bit(pair) -> None:  # type: ignore[no-untyped-def]
+def test_saved_and_restored_bit_for_bit(pair, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     _, runner = pair
+    monkeypatch.setattr(store, "PIECE_BYTES", max(runner.capacity.block_bytes, 1))
     ids = prompt(90)
     undisturbed = Sequence(runner, ids, 0)
     logits_of(runner, [undisturbed.chunk(80)])

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
+from model import sampling
 from model.chunk import Chunk, Sampled, Sampling
 from model.sampling import Seen, read, sample, uniform
 
@@ -132,3 +133,26 @@ def test_a_recycled_slot_forgets() -> None:
     assert seen.rows[0].tolist()[1] == 0
     seen.record([Chunk(tokens=[2], start=0, slot=0)])
     assert 0 not in seen.rows
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-6, 1e-4])
+def test_almost_no_temperature_is_greedy(temperature: float) -> None:
+    logits = torch.tensor([[1.0, 5.0, -2.0, 0.0]]) * 1000
+    assert draw([Sampling(temperature=temperature, seed=3)], logits)[0].token == 1
+
+
+def test_the_greatest_noise_finds_an_id_that_has_mass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "uniform", lambda seed, counter: 1 - 2.0**-32)
+    logits = torch.tensor([[5.0, 1.0, 0.0, -3.0, -math.inf]])
+    assert draw([Sampling()], logits)[0].token == 3
+    assert draw([Sampling(top_k=1)], logits)[0].token == 0
+    assert draw([Sampling(top_p=0.5)], logits)[0].token == 0
+
+
+def test_penalties_that_overflow_are_told() -> None:
+    seen = Seen(4, CPU)
+    seen.record([Chunk(tokens=[1], start=0, slot=0, penalised=True)])
+    options = Sampling(repetition_penalty=1e-40, logprobs=2)
+    asked = Chunk(tokens=[2], start=1, slot=0, sampling=options, penalised=True)
+    logits = torch.tensor([[0.0, 5.0, 1.0, -1.0]])
+    assert read(sample(logits, [asked], seen), [asked])[0].token == -1
