@@ -1,4 +1,4 @@
-"""Lightning: decayed linear attention over the rows of a batch, states in place."""
+"""Lightning: decayed linear attention over the rows of a batch, states and rings in place."""
 
 from __future__ import annotations
 
@@ -6,29 +6,82 @@ import torch
 
 from kernels.lightning_decode import lightning_decode
 from kernels.lightning_prefill import lightning_prefill
+from kernels.lightning_ring import lightning_ring_decode, lightning_ring_fold
+from kernels.packing import Packing
 from model.batch import Batch
+from model.store import Field, Store
 
 
-def lightning(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    slopes: torch.Tensor,
-    scale: float,
-    states: torch.Tensor,
-    batch: Batch,
-) -> torch.Tensor:
-    """q, k [T, H, dk], v [T, H, dv], slopes [H], states [slots, H, dk, dv] -> o [T, H, dv].
+def memory_fields(
+    index: int, heads: int, dk: int, dv: int, *, ring: int, dtype: torch.dtype
+) -> list[Field]:
+    """What layer `index` keeps in a slot: its state, and a ring of the last `ring` keys and values
+    that decoding has not folded into it yet; 0: no ring, every token is folded at once."""
+    fields = [Field(f"state.{index}", (heads, dk, dv), torch.float32)]
+    if ring:
+        fields += [
+            Field(f"ring_keys.{index}", (heads, ring, dk), dtype),
+            Field(f"ring_values.{index}", (heads, ring, dv), dtype),
+            Field(f"folded.{index}", (heads,), torch.int64),
+        ]
+    return fields
 
-    Sequences of one row take the decode kernel, longer ones the chunked kernel.
-    """
-    n = batch.singles
-    if batch.tail is None:
-        packing = batch.packing
-        return lightning_decode(q, k, v, slopes, scale, states, packing.slots, packing.starts)
-    if n == 0:
-        return lightning_prefill(q, k, v, slopes, scale, states, batch.tail)
-    slots, starts = batch.packing.slots[:n], batch.packing.starts[:n]
-    head = lightning_decode(q[:n], k[:n], v[:n], slopes, scale, states, slots, starts)
-    tail = lightning_prefill(q[n:], k[n:], v[n:], slopes, scale, states, batch.tail)
-    return torch.cat((head, tail))
+
+class Lightning:
+    """The operation with the slopes of one layer, on that layer's memory in a store."""
+
+    def __init__(self, index: int, slopes: torch.Tensor, scale: float) -> None:
+        self.index = index
+        self.slopes = slopes
+        self.scale = scale
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, store: Store
+    ) -> torch.Tensor:
+        """q, k [T, H, dk], v [T, H, dv] -> o [T, H, dv].
+
+        Sequences of one row take the decode kernel, longer ones the chunked kernel.
+        """
+        n = batch.singles
+        if batch.tail is None:
+            return self._decode(q, k, v, batch.packing, store)
+        if n == 0:
+            return self._prefill(q, k, v, batch.tail, store)
+        head = Packing(
+            batch.packing.lengths[:n],
+            batch.packing.cu_seqlens[: n + 1],
+            batch.packing.slots[:n],
+            batch.packing.starts[:n],
+        )
+        decoded = self._decode(q[:n], k[:n], v[:n], head, store)
+        return torch.cat((decoded, self._prefill(q[n:], k[n:], v[n:], batch.tail, store)))
+
+    def _rings(self, store: Store) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Keys, values and how far each state is folded; None without rings."""
+        if f"folded.{self.index}" not in store.slots.views:
+            return None
+        views, i = store.slots.views, self.index
+        return views[f"ring_keys.{i}"], views[f"ring_values.{i}"], views[f"folded.{i}"]
+
+    def _decode(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Packing, store: Store
+    ) -> torch.Tensor:
+        states = store.slots.views[f"state.{self.index}"]
+        rings = self._rings(store)
+        if rings is None:
+            return lightning_decode(
+                q, k, v, self.slopes, self.scale, states, rows.slots, rows.starts
+            )
+        return lightning_ring_decode(
+            q, k, v, self.slopes, self.scale, states, *rings, rows.slots, rows.starts
+        )
+
+    def _prefill(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Packing, store: Store
+    ) -> torch.Tensor:
+        states = store.slots.views[f"state.{self.index}"]
+        rings = self._rings(store)
+        if rings is not None:
+            ends = rows.starts + rows.cu_seqlens.diff()
+            lightning_ring_fold(self.slopes, states, *rings, rows.slots, rows.starts, ends)
+        return lightning_prefill(q, k, v, self.slopes, self.scale, states, rows)

@@ -15,10 +15,11 @@ from model.chunk import Capacity, Chunk, Copy, OutOfDeviceMemory, Sampled, Sampl
 from model.config import ConfigError, Fields
 from model.families import Family, build
 from model.sampling import Seen, read, sample
-from model.store import Saved, Store, row_bytes
+from model.store import Field, Saved, Store, row_bytes
 from model.weights import Parameters, fingerprint
 
 BLOCK_SIZE = 64  # positions of a KV block
+RING = 16  # tokens that decoding on CUDA keeps beside a lightning state
 CPU_STATE_BYTES = 4_000_000_000
 GB = 1_000_000_000
 
@@ -115,9 +116,9 @@ class ModelRunner:
         for n in sorted(ladder, reverse=True):
             zeros = [0] * n
             self.step([Chunk(tokens=zeros, start=0, slot=0, blocks=blocks, sampling=draw)])
-        self.step([Chunk(tokens=[0], start=tokens - 1, slot=0, blocks=blocks, sampling=Sampling())])
+        self.step([Chunk(tokens=[0], start=1, slot=0, blocks=blocks, sampling=Sampling())])
         if self.capacity.slots > 1 and tokens >= 3:
-            one = Chunk(tokens=[0], start=1, slot=0, blocks=blocks[:1], sampling=draw)
+            one = Chunk(tokens=[0], start=2, slot=0, blocks=blocks[:1], sampling=draw)
             two = Chunk(tokens=[0, 0], start=0, slot=1, blocks=blocks[1:2] or blocks, sampling=draw)
             self.step([one, two])
 
@@ -136,8 +137,12 @@ def load_runner(
     state_memory_gb: float | None = None,
     max_model_len: int | None = None,
     max_step_tokens: int | None = None,
+    ring: int | None = None,
 ) -> ModelRunner:
     """Load the checkpoint in `path` and make it ready to serve.
+
+    ring: tokens that decoding keeps beside a state before it folds them in; by default RING on
+    CUDA, where a state that is read and not written saves time, and none on the CPU.
 
     Raises ConfigError or WeightsError naming what is wrong with the checkpoint or the bounds.
     """
@@ -150,6 +155,8 @@ def load_runner(
         torch.set_num_threads(threads)
     if kind == torch.float32:
         torch.backends.cuda.matmul.allow_tf32 = False
+    if ring is None:
+        ring = RING if where.type == "cuda" else 0
     step_tokens = max_step_tokens or (8192 if where.type == "cuda" else 2048)
 
     with _phase(seconds, "load"):
@@ -160,18 +167,21 @@ def load_runner(
         name = fingerprint(path)
 
     with _phase(seconds, "memory"):
-        slot_bytes = row_bytes(model.slot_fields())
+        slot_fields = model.slot_fields(ring)
+        slot_bytes = row_bytes(slot_fields)
         block_bytes = row_bytes(model.block_fields(BLOCK_SIZE))
         if state_memory_gb is not None:
             budget = int(state_memory_gb * GB)
         elif where.type == "cuda":
-            budget = _cuda_budget(model, where, step_tokens, max_running, memory_fraction)
+            budget = _cuda_budget(
+                model, slot_fields, where, step_tokens, max_running, memory_fraction
+            )
         else:
             budget = CPU_STATE_BYTES
         slots, blocks = divide(budget, slot_bytes, block_bytes, max_running)
         length = longest(max_model_len, blocks, model.max_positions)
         store = Store(
-            model.slot_fields(),
+            slot_fields,
             model.block_fields(BLOCK_SIZE),
             slots=slots,
             blocks=blocks,
@@ -233,13 +243,18 @@ def _device(name: str) -> torch.device:
 
 
 def _cuda_budget(
-    model: Family, device: torch.device, step_tokens: int, max_running: int, fraction: float
+    model: Family,
+    slot_fields: list[Field],
+    device: torch.device,
+    step_tokens: int,
+    max_running: int,
+    fraction: float,
 ) -> int:
     """Bytes that `fraction` of the device leaves beside the weights and the largest step's peak."""
     hybrid = bool(model.block_fields(BLOCK_SIZE))
     blocks = -(-step_tokens // BLOCK_SIZE) if hybrid else 0
     store = Store(
-        model.slot_fields(),
+        slot_fields,
         model.block_fields(BLOCK_SIZE),
         slots=min(max_running, 2),
         blocks=blocks,

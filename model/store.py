@@ -52,9 +52,10 @@ class Rows:
         self.poison()
 
     def poison(self) -> None:
-        """Fill floating-point fields with NaN: whoever reads what nobody wrote is found out."""
+        """Fill fields with NaN, integers with a position far beyond any: whoever reads what nobody
+        wrote is found out."""
         for view in self.views.values():
-            view.fill_(float("nan"))
+            view.fill_(float("nan") if view.is_floating_point() else 1 << 60)
 
 
 @dataclass(slots=True, frozen=True)

@@ -23,7 +23,7 @@ from kernels.window_attention import window_attention
 from model.batch import Batch
 from model.config import Fields
 from model.layers import alibi_slopes, head_logits, rotary_frequencies
-from model.lightning import lightning
+from model.lightning import Lightning, memory_fields
 from model.store import Field, Store
 from model.weights import Parameters
 
@@ -116,7 +116,6 @@ class LightningMixer:
 
     def __init__(self, config: MiniMaxConfig, index: int, parameters: Parameters) -> None:
         prefix = f"model.layers.{index}.self_attn"
-        self.index = index
         self.heads, self.dim = config.heads, config.head_dim
         width = self.heads * self.dim
         self.qkv_gate = parameters.rows(
@@ -128,15 +127,15 @@ class LightningMixer:
         # transformers' own layer factor: in the last layer it differs from the paper's
         factor = 1 - index / (len(config.layers) - 1 + 1e-5) + 1e-5
         slopes = alibi_slopes(self.heads) * factor
-        self.slopes = slopes.to(device=parameters.device, dtype=torch.float32)
+        slopes = slopes.to(device=parameters.device, dtype=torch.float32)
+        self.lightning = Lightning(index, slopes, scale=1.0)
 
     def __call__(self, h: torch.Tensor, step: Step) -> torch.Tensor:
         width = self.heads * self.dim
         projected = F.linear(h, self.qkv_gate)
         qkv = silu_(projected[:, : 3 * width])
         q, k, v = qkv.unflatten(1, (self.heads, 3, self.dim)).unbind(2)
-        states = step.store.slots.views[f"state.{self.index}"]
-        o = lightning(q, k, v, self.slopes, 1.0, states, step.batch)
+        o = self.lightning(q, k, v, step.batch, step.store)
         o = rmsnorm_gate(o.flatten(1), projected[:, 3 * width :], self.norm, OUTPUT_NORM_EPS)
         return F.linear(o, self.out)
 
@@ -257,14 +256,16 @@ class MiniMax:
         """The longest sequence that the positions allow; None without full softmax layers."""
         return self.config.max_positions if "softmax" in self.config.layers else None
 
-    def slot_fields(self) -> list[Field]:
-        """What one sequence keeps in its slot: states, and the windows of windowed layers."""
+    def slot_fields(self, ring: int) -> list[Field]:
+        """What one sequence keeps in its slot: states, rings of `ring` tokens beside them, and the
+        windows of windowed layers."""
         c = self.config
-        fields = []
+        fields: list[Field] = []
         for i, kind in enumerate(c.layers):
             if kind == "lightning":
-                state = (c.heads, c.head_dim, c.head_dim)
-                fields.append(Field(f"state.{i}", state, torch.float32))
+                fields += memory_fields(
+                    i, c.heads, c.head_dim, c.head_dim, ring=ring, dtype=self.dtype
+                )
             elif kind == "window":
                 window = (c.window, c.kv_heads, c.head_dim)
                 fields += [Field(f"{name}.{i}", window, self.dtype) for name in ("keys", "values")]

@@ -28,6 +28,7 @@ VARIANTS = {
     "hybrid": {},
     "hybrid-softmax-first": {"layer_types": [SOFTMAX, LIGHTNING, LIGHTNING, SOFTMAX]},
     "windowed": {"sliding_window": 24, "num_local_experts": 1, "num_experts_per_tok": 1},
+    "ring": {"layer_types": [LIGHTNING, SOFTMAX, LIGHTNING, LIGHTNING]},
     "tied": {"tie_word_embeddings": True},
     "six-heads": {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3},
 }
@@ -85,7 +86,8 @@ def prompt(length: int, seed: int = 1) -> list[int]:
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
     path = tmp_path_factory.mktemp(request.param)
     oracle = write(path, **VARIANTS[request.param])
-    return oracle, load(path)
+    ring = 5 if request.param == "ring" else None
+    return oracle, load(path, ring=ring)
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 100, 257])
