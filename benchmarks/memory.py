@@ -3,14 +3,15 @@
     python -m benchmarks.memory [--model recall] [--tokens 1000000]
 
 Device memory on a GPU is the most that the engine process had reserved at any step. On the CPU it
-is the median over the steps of its resident bytes, less the prompt's token ids (4 bytes each): the
-C library keeps some of what was freed, so two runs there differ by some percent either way.
+is the median over the steps of its resident bytes, less the prompt's token ids (4 bytes each); the
+C library is told to give back at once what is freed, as it otherwise keeps what it likes.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import statistics
 
@@ -90,6 +91,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--tokens", type=int, default=1_000_000)
     options = parser.parse_args()
+    os.environ.update(MALLOC_MMAP_THRESHOLD_="131072", MALLOC_TRIM_THRESHOLD_="131072")
     settings = Settings(model=options.model, device=options.device)
     write("memory", asyncio.run(measure(settings, options.tokens)))
 

@@ -1,4 +1,4 @@
-"""Writes the README's tables from benchmarks/results/*.json, between their markers.
+"""Writes the tables of README.md and docs/*.md from benchmarks/results/*.json, between markers.
 
     python -m benchmarks.table [--check]
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.result import RESULTS
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"(<!-- results: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -55,11 +55,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--check", action="store_true", help="change nothing, fail when stale")
     options = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    fresh = MARKED.sub(lambda match: match[1] + table(match[2]) + match[3], text)
-    if options.check:
-        sys.exit(fresh != text)
-    README.write_text(fresh, encoding="utf-8")
+    stale = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        fresh = MARKED.sub(lambda match: match[1] + table(match[2]) + match[3], text)
+        if fresh != text:
+            stale.append(page.name)
+            if not options.check:
+                page.write_text(fresh, encoding="utf-8")
+    if options.check and stale:
+        sys.exit(f"stale tables in {', '.join(stale)}: run python -m benchmarks.table")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ For a block of m tokens i = 1..m after the state S, with lam = exp(-slope):
 
 The decay of S is a difference, not a product, and joins the sum before S does: slopes go down to
 4e-8, where float32 rounds lam, and would round S + S expm1 back to S.
-The specification is lightning_reference.
+On the GPU a long sequence is cut into segments, in three kernels: what each leaves in a state that
+started from zero, a scan that turns this into the states that segments start from, and the formula
+above for segments and short sequences side by side. The specification is lightning_reference.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -18,14 +20,121 @@ from itertools import accumulate
 
 import torch
 
+from kernels import lightning_prefill_hopper as hopper
 from kernels.language import dot_precision, expm1, jit, next_power_of_2, tl
 from kernels.packing import Packing
+from kernels.segments import plan
+from kernels.tuning import prefill_tuning, processors
 
 SPAN = 2048  # rows that the torch path works on at a time: they stay in the cache
+SCANNED = 1024  # elements of a state that a program of the scan takes
+VIEWS = ["items_ptr", "chains_ptr", "slots_ptr", "starts_ptr"]  # aligned now and then
 
 
-@jit(do_not_specialize_on_alignment=["cu_seqlens_ptr", "slots_ptr", "starts_ptr"])
-def _lightning_prefill_kernel(
+@jit
+def _fold(b_s, b_k, b_v, leave, PRECISION: tl.constexpr, APART: tl.constexpr):
+    """S + S leave + k^T v, where v carries the decays.
+
+    They are not k's, so that Hopper's matrix instructions read k as it lies in shared memory: by
+    way of registers, this product is compiled into wrong addresses. APART adds S leave to the
+    product before S, which float32 inputs need and which takes more registers.
+    """
+    if APART:
+        return b_s + tl.dot(tl.trans(b_k), b_v, b_s * leave, input_precision=PRECISION)
+    return tl.dot(tl.trans(b_k), b_v, b_s + b_s * leave, input_precision=PRECISION)
+
+
+@jit(do_not_specialize=["L"], do_not_specialize_on_alignment=VIEWS)
+def _contributions_kernel(
+    k_ptr,
+    v_ptr,
+    slopes_ptr,
+    contributions_ptr,
+    items_ptr,
+    k_row_stride,
+    k_head_stride,
+    v_row_stride,
+    v_head_stride,
+    L,
+    H,
+    DK,
+    DV,
+    C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    APART: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """What the L rows before a segment leave in a state: of them, those that can still be felt."""
+    i_v, i_h, i_w = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    end = tl.load(items_ptr + i_w * 4).to(tl.int64)
+    slope = tl.load(slopes_ptr + i_h)
+    felt = tl.minimum(16.0 / tl.maximum(slope, 1e-8), 1.6e9).to(tl.int32)  # exp(-16) = 1e-7
+    blocks = tl.minimum(L // C, felt // C + 1)
+
+    o_i = tl.arange(0, C)
+    o_k = tl.arange(0, BLOCK_K)
+    o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    m_k, m_v = o_k < DK, o_v < DV
+    o_ik = o_i[:, None] * k_row_stride + o_k
+    o_iv = o_i[:, None] * v_row_stride + o_v
+    b_after = tl.exp(-slope * (C - 1 - o_i))[:, None]  # [C, 1]
+    leave = expm1(-slope * C)
+    row = end - blocks.to(tl.int64) * C
+    p_k = k_ptr + row * k_row_stride + i_h * k_head_stride
+    p_v = v_ptr + row * v_row_stride + i_h * v_head_stride
+    b_s = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+    for _ in tl.range(0, blocks, num_stages=STAGES):
+        b_k = tl.load(p_k + o_ik, mask=m_k[None, :], other=0.0)  # [C, K]
+        b_v = tl.load(p_v + o_iv, mask=m_v[None, :], other=0.0)  # [C, V]
+        b_v = (b_v * b_after).to(b_v.dtype)
+        b_s = _fold(b_s, b_k, b_v, leave, PRECISION, APART)
+        p_k += C * k_row_stride
+        p_v += C * v_row_stride
+    p_s = contributions_ptr + (i_w * H + i_h) * DK * DV + o_k[:, None] * DV + o_v
+    tl.store(p_s, b_s, mask=m_k[:, None] & m_v)
+
+
+@jit(do_not_specialize=["L"], do_not_specialize_on_alignment=VIEWS)
+def _scan_kernel(
+    slopes_ptr,
+    states_ptr,
+    segments_ptr,
+    chains_ptr,
+    slots_ptr,
+    starts_ptr,
+    states_stride,
+    L,
+    SIZE,
+    H,
+    BLOCK: tl.constexpr,
+):
+    """Contributions to a sequence's segments become, in place, the states that they start from."""
+    i_b, i_h, i_c = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_n = tl.load(chains_ptr + i_c * 4)
+    head = tl.load(chains_ptr + i_c * 4 + 1).to(tl.int64)
+    first = tl.load(chains_ptr + i_c * 4 + 2).to(tl.int64)
+    count = tl.load(chains_ptr + i_c * 4 + 3)
+    slot = tl.load(slots_ptr + i_n).to(tl.int64)
+    start = tl.load(starts_ptr + i_n)
+    leave = expm1(-tl.load(slopes_ptr + i_h) * L)
+
+    o_s = i_b * BLOCK + tl.arange(0, BLOCK)
+    m_s = o_s < SIZE
+    p_state = states_ptr + slot * states_stride + i_h * SIZE + o_s
+    b_s = tl.load(p_state, mask=m_s & (start > 0), other=0.0).to(tl.float32)
+    p_segments = segments_ptr + i_h * SIZE + o_s
+    tl.store(p_segments + head * H * SIZE, b_s, mask=m_s)
+    p_segments += first * H * SIZE
+    for _ in tl.range(0, count, num_stages=4):
+        b_s += b_s * leave + tl.load(p_segments, mask=m_s, other=0.0)
+        tl.store(p_segments, b_s, mask=m_s)
+        p_segments += H * SIZE
+
+
+@jit(do_not_specialize=["segments"], do_not_specialize_on_alignment=VIEWS)
+def _outputs_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -33,7 +142,8 @@ def _lightning_prefill_kernel(
     scale,
     states_ptr,
     o_ptr,
-    cu_seqlens_ptr,
+    segments_ptr,
+    items_ptr,
     slots_ptr,
     starts_ptr,
     q_row_stride,
@@ -43,6 +153,7 @@ def _lightning_prefill_kernel(
     v_row_stride,
     v_head_stride,
     states_stride,
+    segments,
     H,
     DK,
     DV,
@@ -50,11 +161,15 @@ def _lightning_prefill_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
+    APART: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """One sequence, one head, BLOCK_V columns of the state, which stays on chip from end to end."""
-    i_v, i_h, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    begin = tl.load(cu_seqlens_ptr + i_n).to(tl.int64)
-    n = (tl.load(cu_seqlens_ptr + i_n + 1) - begin).to(tl.int32)
+    """One segment or whole sequence, one head, BLOCK_V columns of the state, kept on chip."""
+    i_v, i_h, i_w = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    begin = tl.load(items_ptr + i_w * 4).to(tl.int64)
+    n = tl.load(items_ptr + i_w * 4 + 1)
+    i_n = tl.load(items_ptr + i_w * 4 + 2)
+    last = tl.load(items_ptr + i_w * 4 + 3)
     slot = tl.load(slots_ptr + i_n).to(tl.int64)
     start = tl.load(starts_ptr + i_n)
     slope = tl.load(slopes_ptr + i_h)
@@ -63,35 +178,46 @@ def _lightning_prefill_kernel(
     o_k = tl.arange(0, BLOCK_K)
     o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
     m_k, m_v = o_k < DK, o_v < DV
+    o_iq = o_i[:, None] * q_row_stride + o_k
+    o_ik = o_i[:, None] * k_row_stride + o_k
+    o_iv = o_i[:, None] * v_row_stride + o_v
+    o_io = o_i[:, None] * H * DV + o_v
     b_age = o_i[:, None] - o_i
     b_among = tl.where(b_age >= 0, tl.exp(-slope * tl.maximum(b_age, 0)), 0.0) * scale  # [C, C]
-    b_before = tl.exp(-slope * (o_i + 1)) * scale  # [C]
+    b_before = (tl.exp(-slope * (o_i + 1)) * scale)[:, None]  # [C, 1]
 
-    p_state = states_ptr + slot * states_stride + i_h * DK * DV + o_k[:, None] * DV + o_v
-    m_state = m_k[:, None] & m_v
-    b_s = tl.load(p_state, mask=m_state & (start > 0), other=0.0).to(tl.float32)  # [K, V]
-    p_q = q_ptr + begin * q_row_stride + i_h * q_head_stride + o_k
-    p_k = k_ptr + begin * k_row_stride + i_h * k_head_stride + o_k
-    p_v = v_ptr + begin * v_row_stride + i_h * v_head_stride + o_v
-    p_o = o_ptr + (begin * H + i_h) * DV + o_v
-    for first in range(0, n, C):
-        o_t = (first + o_i).to(tl.int64)[:, None]
-        m_t = o_t < n
-        b_q = tl.load(p_q + o_t * q_row_stride, mask=m_t & m_k, other=0.0)  # [C, K]
-        b_k = tl.load(p_k + o_t * k_row_stride, mask=m_t & m_k, other=0.0)  # [C, K]
-        b_v = tl.load(p_v + o_t * v_row_stride, mask=m_t & m_v, other=0.0)  # [C, V]
+    o_s = i_h * DK * DV + o_k[:, None] * DV + o_v
+    m_s = m_k[:, None] & m_v
+    p_state = states_ptr + slot * states_stride + o_s
+    if i_w < segments:
+        b_s = tl.load(segments_ptr + i_w * H * DK * DV + o_s, mask=m_s, other=0.0)  # [K, V]
+    else:
+        b_s = tl.load(p_state, mask=m_s & (start > 0), other=0.0).to(tl.float32)
+    p_q = q_ptr + begin * q_row_stride + i_h * q_head_stride
+    p_k = k_ptr + begin * k_row_stride + i_h * k_head_stride
+    p_v = v_ptr + begin * v_row_stride + i_h * v_head_stride
+    p_o = o_ptr + (begin * H + i_h) * DV
+    for first in tl.range(0, n, C, num_stages=STAGES):
         m = tl.minimum(n - first, C)
+        m_i = (o_i < m)[:, None]
+        b_q = tl.load(p_q + o_iq, mask=m_i & m_k, other=0.0)  # [C, K]
+        b_k = tl.load(p_k + o_ik, mask=m_i & m_k, other=0.0)  # [C, K]
+        b_v = tl.load(p_v + o_iv, mask=m_i & m_v, other=0.0)  # [C, V]
 
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_among  # [C, C]
-        b_o = tl.dot(b_q, b_s.to(b_q.dtype), input_precision=PRECISION) * b_before[:, None]
-        b_o += tl.dot(b_scores.to(b_v.dtype), b_v, input_precision=PRECISION)  # [C, V]
-        tl.store(p_o + o_t * H * DV, b_o.to(o_ptr.dtype.element_ty), mask=m_t & m_v)
+        b_o = tl.dot(b_q, b_s.to(b_q.dtype), input_precision=PRECISION) * b_before
+        b_o = tl.dot(b_scores.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)  # [C, V]
+        tl.store(p_o + o_io, b_o.to(o_ptr.dtype.element_ty), mask=m_i & m_v)
 
-        b_after = tl.exp(-slope * tl.maximum(m - 1 - o_i, 0))  # [C]
-        b_k = (b_k * b_after[:, None]).to(b_k.dtype)
-        b_update = tl.dot(tl.trans(b_k), b_v, input_precision=PRECISION)  # [K, V]
-        b_s += b_s * expm1(-slope * m) + b_update
-    tl.store(p_state, b_s.to(states_ptr.dtype.element_ty), mask=m_state)
+        b_after = tl.exp(-slope * tl.maximum(m - 1 - o_i, 0))[:, None]  # [C, 1]
+        b_v = (b_v * b_after).to(b_v.dtype)
+        b_s = _fold(b_s, b_k, b_v, expm1(-slope * m), PRECISION, APART)
+        p_q += C * q_row_stride
+        p_k += C * k_row_stride
+        p_v += C * v_row_stride
+        p_o += C * H * DV
+    if last > 0:
+        tl.store(p_state, b_s.to(states_ptr.dtype.element_ty), mask=m_s)
 
 
 def _triton(
@@ -104,20 +230,57 @@ def _triton(
     packing: Packing,
     o: torch.Tensor,
 ) -> None:
-    """Serial over the blocks of a sequence: sequences, heads and columns of the state in parallel.
-
-    Tiles are the largest that stay in registers. One stage: with more, Hopper's matrix instructions
-    have been compiled wrongly for a loop of this shape.
-    """
+    """Contributions of segments, their scan, then outputs: the last alone where nothing is cut."""
     H, dk, dv = states.shape[1:]
     BLOCK_K = max(next_power_of_2(dk), 16)
-    wide, narrow = BLOCK_K > 128, BLOCK_K < 128
-    if q.dtype.itemsize == 2:
-        C, columns, warps = (64, 64, 4) if narrow else (32, 32, 8) if wide else (64, 32, 4)
-    else:
-        C, columns, warps = (32, 32, 4) if narrow else (16, 32, 8)
-    BLOCK_V = max(min(next_power_of_2(dv), columns), 16)
-    _lightning_prefill_kernel[(-(-dv // BLOCK_V), H, len(packing.lengths))](
+    tuning = prefill_tuning(q.device, q.dtype.itemsize, BLOCK_K)
+    first, last = tuning.contributions, tuning.outputs
+    at_once = max(processors(q.device) * tuning.resident // -(-dv // last.columns), 1)
+    work = plan(packing, H, at_once, 4 * dk * dv)
+    segment_states = torch.empty(work.segments, H, dk, dv, dtype=torch.float32, device=q.device)
+    kv_strides = k.stride(0), k.stride(1), v.stride(0), v.stride(1)
+    precision, apart = dot_precision(q.dtype), q.dtype.itemsize == 4
+    if work.segments:
+        assert work.length % first.C == 0
+        BLOCK_V = max(min(next_power_of_2(dv), first.columns), 16)
+        _contributions_kernel[(-(-dv // BLOCK_V), H, work.continuing)](
+            k,
+            v,
+            slopes,
+            segment_states,
+            work.items,
+            *kv_strides,
+            work.length,
+            H,
+            dk,
+            dv,
+            C=first.C,
+            BLOCK_K=BLOCK_K,
+            BLOCK_V=BLOCK_V,
+            PRECISION=precision,
+            APART=apart,
+            STAGES=first.stages,
+            num_warps=first.warps,
+        )
+        _scan_kernel[(-(-dk * dv // SCANNED), H, len(work.chains))](
+            slopes,
+            states,
+            segment_states,
+            work.chains,
+            packing.slots,
+            packing.starts,
+            states.stride(0),
+            work.length,
+            dk * dv,
+            H,
+            BLOCK=SCANNED,
+            num_warps=4,
+        )
+    if hopper.serves(q, k, v):
+        hopper.outputs(q, k, v, slopes, scale, states, o, segment_states, work.items, packing)
+        return
+    BLOCK_V = max(min(next_power_of_2(dv), last.columns), 16)
+    _outputs_kernel[(-(-dv // BLOCK_V), H, len(work.items))](
         q,
         k,
         v,
@@ -125,25 +288,25 @@ def _triton(
         float(scale),
         states,
         o,
-        packing.cu_seqlens,
+        segment_states,
+        work.items,
         packing.slots,
         packing.starts,
         q.stride(0),
         q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
+        *kv_strides,
         states.stride(0),
+        work.segments,
         H,
         dk,
         dv,
-        C=C,
+        C=last.C,
         BLOCK_K=BLOCK_K,
         BLOCK_V=BLOCK_V,
-        PRECISION=dot_precision(q.dtype),
-        num_warps=warps,
-        num_stages=1,
+        PRECISION=precision,
+        APART=apart,
+        STAGES=last.stages,
+        num_warps=last.warps,
     )
 
 

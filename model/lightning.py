@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from kernels.lightning_decode import lightning_decode
@@ -12,16 +14,27 @@ from model.batch import Batch
 from model.store import Field, Store
 
 
-def memory_fields(
-    index: int, heads: int, dk: int, dv: int, *, ring: int, dtype: torch.dtype
-) -> list[Field]:
-    """What layer `index` keeps in a slot: its state, and a ring of the last `ring` keys and values
-    that decoding has not folded into it yet; 0: no ring, every token is folded at once."""
-    fields = [Field(f"state.{index}", (heads, dk, dv), torch.float32)]
-    if ring:
+@dataclass(slots=True, frozen=True)
+class Memory:
+    """How lightning layers keep what they have read.
+
+    state:  dtype of the states, float32 or bfloat16 (see docs/state-dtype.md).
+    ring:   tokens that decoding keeps beside a state before it folds them; 0: each at once.
+    values: dtype of the keys and values in the ring, that of the activations.
+    """
+
+    state: torch.dtype
+    ring: int
+    values: torch.dtype
+
+
+def memory_fields(index: int, heads: int, dk: int, dv: int, memory: Memory) -> list[Field]:
+    """What layer `index` keeps in a slot."""
+    fields = [Field(f"state.{index}", (heads, dk, dv), memory.state)]
+    if memory.ring:
         fields += [
-            Field(f"ring_keys.{index}", (heads, ring, dk), dtype),
-            Field(f"ring_values.{index}", (heads, ring, dv), dtype),
+            Field(f"ring_keys.{index}", (heads, memory.ring, dk), memory.values),
+            Field(f"ring_values.{index}", (heads, memory.ring, dv), memory.values),
             Field(f"folded.{index}", (heads,), torch.int64),
         ]
     return fields

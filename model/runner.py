@@ -14,14 +14,15 @@ from model.batch import Batch
 from model.chunk import Capacity, Chunk, Copy, OutOfDeviceMemory, Sampled, Sampling
 from model.config import ConfigError, Fields
 from model.families import Family, build
+from model.lightning import Memory
 from model.sampling import Seen, read, sample
 from model.store import Field, Saved, Store, row_bytes
 from model.weights import Parameters, fingerprint
 
 BLOCK_SIZE = 64  # positions of a KV block
-RING = 16  # tokens that decoding on CUDA keeps beside a lightning state
 CPU_STATE_BYTES = 4_000_000_000
 GB = 1_000_000_000
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class ModelRunner:
@@ -137,26 +138,21 @@ def load_runner(
     state_memory_gb: float | None = None,
     max_model_len: int | None = None,
     max_step_tokens: int | None = None,
-    ring: int | None = None,
+    state_dtype: str = "float32",
+    ring: int = 0,
 ) -> ModelRunner:
     """Load the checkpoint in `path` and make it ready to serve.
 
-    ring: tokens that decoding keeps beside a state before it folds them in; by default RING on
-    CUDA, where a state that is read and not written saves time, and none on the CPU.
-
+    state_dtype and ring are of the lightning layers' memory: see model.lightning.Memory.
     Raises ConfigError or WeightsError naming what is wrong with the checkpoint or the bounds.
     """
     seconds: dict[str, float] = {}
     where = _device(device)
-    kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
-        dtype, torch.bfloat16 if where.type == "cuda" else torch.float32
-    )
+    kind = DTYPES.get(dtype, torch.bfloat16 if where.type == "cuda" else torch.float32)
     if threads is not None:
         torch.set_num_threads(threads)
     if kind == torch.float32:
         torch.backends.cuda.matmul.allow_tf32 = False
-    if ring is None:
-        ring = RING if where.type == "cuda" else 0
     step_tokens = max_step_tokens or (8192 if where.type == "cuda" else 2048)
 
     with _phase(seconds, "load"):
@@ -167,7 +163,7 @@ def load_runner(
         name = fingerprint(path)
 
     with _phase(seconds, "memory"):
-        slot_fields = model.slot_fields(ring)
+        slot_fields = model.slot_fields(Memory(DTYPES[state_dtype], ring, kind))
         slot_bytes = row_bytes(slot_fields)
         block_bytes = row_bytes(model.block_fields(BLOCK_SIZE))
         if state_memory_gb is not None:

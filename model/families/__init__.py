@@ -11,6 +11,7 @@ import torch
 from model.batch import Batch
 from model.config import ConfigError, Fields
 from model.families.minimax import MiniMax
+from model.lightning import Memory
 from model.store import Field, Store
 from model.weights import Parameters
 
@@ -27,7 +28,7 @@ class Family(Protocol):
     @property
     def max_positions(self) -> int | None: ...
 
-    def slot_fields(self, ring: int) -> list[Field]: ...
+    def slot_fields(self, memory: Memory) -> list[Field]: ...
 
     def block_fields(self, block_size: int) -> list[Field]: ...
 

@@ -23,7 +23,7 @@ from kernels.window_attention import window_attention
 from model.batch import Batch
 from model.config import Fields
 from model.layers import alibi_slopes, head_logits, rotary_frequencies
-from model.lightning import Lightning, memory_fields
+from model.lightning import Lightning, Memory, memory_fields
 from model.store import Field, Store
 from model.weights import Parameters
 
@@ -256,16 +256,13 @@ class MiniMax:
         """The longest sequence that the positions allow; None without full softmax layers."""
         return self.config.max_positions if "softmax" in self.config.layers else None
 
-    def slot_fields(self, ring: int) -> list[Field]:
-        """What one sequence keeps in its slot: states, rings of `ring` tokens beside them, and the
-        windows of windowed layers."""
+    def slot_fields(self, memory: Memory) -> list[Field]:
+        """What one sequence keeps in its slot: states and rings, and windows of windowed layers."""
         c = self.config
         fields: list[Field] = []
         for i, kind in enumerate(c.layers):
             if kind == "lightning":
-                fields += memory_fields(
-                    i, c.heads, c.head_dim, c.head_dim, ring=ring, dtype=self.dtype
-                )
+                fields += memory_fields(i, c.heads, c.head_dim, c.head_dim, memory)
             elif kind == "window":
                 window = (c.window, c.kv_heads, c.head_dim)
                 fields += [Field(f"{name}.{i}", window, self.dtype) for name in ("keys", "values")]

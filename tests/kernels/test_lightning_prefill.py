@@ -3,13 +3,16 @@
 import pytest
 import torch
 
+from kernels import segments
 from kernels.lightning_decode import lightning_decode
 from kernels.lightning_prefill import lightning_prefill
 from kernels.lightning_reference import lightning_reference
+from kernels.tuning import PREFILL, card
 from tests.kernels.cases import error, interleaved, pack, pool
 
 BOUND = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-3}
 SLOPES = [0.9, 4.05e-8, 0.0, 0.03]  # float32 rounds exp(-64 * 4.05e-8) as badly as it can
+triton_only = pytest.mark.parametrize("device", ["triton"], indirect=True)
 
 
 def check(lengths, starts, *, dk, dv, dtype, device, H=2, state_dtype=torch.float32, bound=None):
@@ -58,6 +61,95 @@ def test_four_slopes(device):
     check([257, 70], [0, 4], dk=16, dv=32, dtype=torch.float32, device=device, H=4)
 
 
+@pytest.fixture
+def short_segments(monkeypatch):
+    """Whatever is longer than 64 rows is cut."""
+    monkeypatch.setattr(segments, "segment_length", lambda *_: 64)
+
+
+@triton_only
+def test_segments(device, short_segments):
+    lengths, starts = [257, 64, 1, 781, 128, 65], [5, 1, 70, 0, 3, 0]
+    check(lengths, starts, dk=16, dv=32, dtype=torch.float32, device=device, H=4)
+
+
+@triton_only
+@pytest.mark.parametrize(("dk", "dv"), [(64, 64), (96, 96), (128, 128), (256, 128), (48, 80)])
+def test_segments_of_head_sizes(device, dk, dv, dtype, short_segments):
+    check([257, 70, 33], [9, 0, 1], dk=dk, dv=dv, dtype=dtype, device=device)
+
+
+@triton_only
+def test_segments_with_a_bfloat16_state(device, dtype, short_segments):
+    dtypes = {"dtype": dtype, "state_dtype": torch.bfloat16}
+    check([100, 70], [0, 4], dk=128, dv=128, device=device, bound=4e-3, **dtypes)
+
+
+@triton_only
+@pytest.mark.parametrize("itemsize, dk", [key for table in PREFILL.values() for key in table])
+def test_every_measured_tuning(device, itemsize, dk, short_segments):
+    if card(device) not in PREFILL:
+        pytest.skip("this card has no table")
+    dtype = torch.float32 if itemsize == 4 else torch.bfloat16
+    check([700, 130], [3, 0], dk=dk, dv=128, dtype=dtype, device=device, H=4)
+
+
+@triton_only
+@pytest.mark.parametrize("cut", [False, True])
+def test_nan_stays_with_its_sequence(device, dtype, cut, request):
+    if cut:
+        request.getfixturevalue("short_segments")
+    H, d, lengths = 1, 128, [70, 3, 90, 33]
+    q, k, v = interleaved(sum(lengths), H, (d, d, d), dtype, device)
+    q[70:73] = k[70:73] = v[70:73] = q[163:] = k[163:] = v[163:] = torch.nan
+    slopes = torch.tensor(SLOPES[:H], device=device)
+    (states,) = pool(4, (H, d, d), device=device)
+    packing = pack(lengths, [2, 0, 3, 1], [0, 0, 0, 0], device)
+    o = lightning_prefill(q, k, v, slopes, 1.0, states, packing)
+    assert o[:70].isfinite().all() and o[73:163].isfinite().all()
+    assert states[2:].isfinite().all()
+
+
+@triton_only
+def test_rows_that_bulk_copies_cannot_read(device, dtype):
+    """The state of 128 x 128 has a kernel of its own on Hopper, but not for odd strides."""
+    lengths, H, d = [70, 33], 2, 128
+    q, k, v, _ = interleaved(sum(lengths), H, (d, d, d, 1), dtype, device)
+    slopes = torch.tensor(SLOPES[:H], device=device)
+    (states,) = pool(2, (H, d, d), device=device)
+    packing = pack(lengths, [1, 0], [0, 0], device)
+    o = lightning_prefill(q, k, v, slopes, 0.3, states, packing)
+    expected, state = lightning_reference(q[:70], k[:70], v[:70], slopes, 0.3)
+    assert error(o[:70], expected) <= BOUND[dtype] and error(states[1], state) <= BOUND[dtype]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="long for the interpreter")
+@triton_only
+@pytest.mark.parametrize("d", [64, 128])
+def test_long_sequences_are_cut_by_themselves(device, dtype, d):
+    lengths, starts, H = [9001, 300, 40_000], [4, 0, 0], 2
+    q, k, v = interleaved(sum(lengths), H, (d, d, d), dtype, device)
+    slopes = torch.tensor([0.004, 4.05e-8], device=device)
+    states = torch.randn(3, H, d, d, device=device)
+    expected_states = states.cpu()
+    o = lightning_prefill(q, k, v, slopes, 0.3, states, pack(lengths, [2, 0, 1], starts, device))
+    rows, packing = (x.float().cpu() for x in (q, k, v)), pack(lengths, [2, 0, 1], starts)
+    expected = lightning_prefill(*rows, slopes.cpu(), 0.3, expected_states, packing)
+    bound = max(BOUND[dtype], 2e-5)  # of two float32 sums
+    assert error(o, expected) <= bound and error(states, expected_states) <= bound
+
+
+def test_segment_lengths():
+    def length(lengths, H=16, programs=132):
+        return segments.segment_length(tuple(lengths), H, programs, 4 * 128 * 128)
+
+    assert length([1, 100, 512]) >= 512
+    assert length([2048] * 64) >= 2048  # many sequences fill the card uncut
+    assert length([8192]) == 1024  # one does in 8 x 16 pieces
+    assert 1_048_576 / length([1_048_576]) * 16 * 4 * 128 * 128 <= segments.SCRATCH
+    assert length([4_000_000, 1], H=64) < 4_000_000
+
+
 def test_bfloat16_state(device):
     dtypes = {"dtype": torch.float32, "state_dtype": torch.bfloat16}
     check([100, 70], [0, 4], dk=32, dv=32, device=device, bound=4e-3, **dtypes)
@@ -103,7 +195,7 @@ def test_a_small_slope_does_not_drift(device):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="long for the interpreter")
-@pytest.mark.parametrize("device", ["triton"], indirect=True)
+@triton_only
 def test_a_small_slope_does_not_drift_on_the_device(device):
     drift(device, 131_072)
 

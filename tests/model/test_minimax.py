@@ -86,7 +86,7 @@ def prompt(length: int, seed: int = 1) -> list[int]:
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
     path = tmp_path_factory.mktemp(request.param)
     oracle = write(path, **VARIANTS[request.param])
-    ring = 5 if request.param == "ring" else None
+    ring = 5 if request.param == "ring" else 0
     return oracle, load(path, ring=ring)
 
 

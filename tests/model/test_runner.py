@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.batch import Batch
 from model.chunk import Capacity, Chunk, OutOfDeviceMemory, Runner, Sampling
 from model.config import ConfigError
 from model.runner import BLOCK_SIZE, ModelRunner, divide, load_runner, longest
@@ -14,6 +15,7 @@ from model.store import Field, Rows
 from model.weights import WeightsError, fingerprint
 from tests.model.checkpoints import LIGHTNING, write
 
+CPU = torch.device("cpu")
 DENSE = {"layer_types": [LIGHTNING] * 4, "num_local_experts": 1, "num_experts_per_tok": 1}
 
 
@@ -35,6 +37,20 @@ def test_it_is_a_runner(path: Path) -> None:
     assert (capacity.slots, capacity.vocab_size, capacity.device) == (4, 97, "cpu")
     assert capacity.state_bytes == 4 * 4 * 16 * 16 * 4
     assert runner.device_memory() > 0
+
+
+def test_a_bfloat16_state_is_half_as_large_and_close(path: Path) -> None:
+    exact, small = load(path), load(path, state_dtype="bfloat16")
+    assert small.capacity.state_bytes * 2 == exact.capacity.state_bytes
+    ids = [i * 37 % 97 for i in range(300)]
+    batch = Batch.pack([Chunk(tokens=ids, start=0, slot=1, sampling=Sampling())], CPU)
+    again = Batch.pack([Chunk(tokens=[5], start=300, slot=1, sampling=Sampling())], CPU)
+    with torch.inference_mode():
+        for model, store in ((exact.model, exact.store), (small.model, small.store)):
+            model.forward(batch, store)
+        want, got = (r.model.forward(again, r.store) for r in (exact, small))
+    error = (got - want).norm() / want.norm()
+    assert 0 < error < 0.02
 
 
 def test_budget_is_divided() -> None:

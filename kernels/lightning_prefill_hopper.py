@@ -1,0 +1,227 @@
+"""The last pass of lightning_prefill on Hopper: 16-bit inputs, keys of 128.
+
+The same formula, in Gluon, for the order of things: rows come by bulk copies a block ahead, and
+the warps scale, convert and store while the matrix units multiply. No first operand goes from
+shared memory through registers (see lightning_prefill).
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from kernels.language import HAVE_TRITON, expm1
+from kernels.packing import Packing
+from kernels.tuning import card
+
+if HAVE_TRITON:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+else:
+    gl: Any = None  # type: ignore[no-redef]
+
+C = 64  # rows at a time
+K = 128  # rows of the state
+V = 64  # its columns, per program: two programs fit on a multiprocessor
+STAGES = 2  # blocks of rows in shared memory
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+VIEWS = ["items_ptr", "slots_ptr", "starts_ptr"]  # aligned now and then
+
+
+def jit(**options: Any) -> Any:
+    """gluon.jit, or the function as it is where Triton is not installed."""
+    return gluon.jit(**options) if HAVE_TRITON else lambda function: function
+
+
+@jit()
+def _fetch(i, row, real, descs, columns, tiles, arrived):
+    """Ask for the rows of block i; its barrier in `arrived` turns when they are there."""
+    stage = i % tiles[0].shape[0]
+    size: gl.constexpr = (
+        descs[0].block_type.nbytes + descs[1].block_type.nbytes + descs[2].block_type.nbytes
+    )
+    bar = arrived.index(stage)
+    mbarrier.expect(bar, size, pred=real)
+    for x in gl.static_range(3):
+        tile = tiles[x].index(stage)
+        tma.async_copy_global_to_shared(descs[x], [row, columns[x]], bar, tile, pred=real)
+
+
+@jit(do_not_specialize=["segments"], do_not_specialize_on_alignment=VIEWS)
+def _outputs_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    slopes_ptr,
+    scale,
+    states_ptr,
+    o_ptr,
+    segments_ptr,
+    items_ptr,
+    slots_ptr,
+    starts_ptr,
+    q_head_stride,
+    k_head_stride,
+    v_head_stride,
+    states_stride,
+    segments,
+    H,
+    C: gl.constexpr,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """One segment or whole sequence, one head, V columns of the state, which stays on chip."""
+    dtype: gl.constexpr = q_desc.dtype
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    scores_a: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    rows: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    i_v, i_h, i_w = gl.program_id(0), gl.program_id(1), gl.program_id(2).to(gl.int64)
+    DV = gl.num_programs(0) * V
+    begin = gl.load(items_ptr + i_w * 4)
+    n = gl.load(items_ptr + i_w * 4 + 1)
+    i_n = gl.load(items_ptr + i_w * 4 + 2)
+    last = gl.load(items_ptr + i_w * 4 + 3)
+    slot = gl.load(slots_ptr + i_n).to(gl.int64)
+    start = gl.load(starts_ptr + i_n)
+    slope = gl.load(slopes_ptr + i_h)
+
+    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, K], q_desc.layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, K], k_desc.layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, V], v_desc.layout)
+    s_tile = gl.allocate_shared_memory(dtype, [K, V], v_desc.layout)
+    u_tile = gl.allocate_shared_memory(dtype, [C, V], v_desc.layout)
+    arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(arrived.index(i), count=1)
+    fence_async_shared()
+    descs, tiles = (q_desc, k_desc, v_desc), (q_tiles, k_tiles, v_tiles)
+    columns = (i_h * q_head_stride, i_h * k_head_stride, i_h * v_head_stride + i_v * V)
+    for i in gl.static_range(STAGES):
+        _fetch(i, begin + i * C, i * C < n, descs, columns, tiles, arrived)
+
+    o_i = gl.arange(0, C, gl.SliceLayout(1, mma))
+    o_j = gl.arange(0, C, gl.SliceLayout(0, mma))
+    b_age = o_i[:, None] - o_j[None, :]
+    b_among = gl.where(b_age >= 0, gl.exp(-slope * gl.maximum(b_age, 0)), 0.0) * scale  # [C, C]
+    b_before = (gl.exp(-slope * (o_i + 1)) * scale)[:, None]  # [C, 1]
+    o_s = gl.arange(0, K, gl.SliceLayout(1, mma))[:, None] * DV
+    o_s += i_h * K * DV + i_v * V + gl.arange(0, V, gl.SliceLayout(0, mma))[None, :]
+    p_state = states_ptr + slot * states_stride + o_s
+    if i_w < segments:
+        b_s = gl.load(segments_ptr + i_w * H * K * DV + o_s)  # [K, V]
+    else:
+        m_s = gl.full([K, V], start, gl.int64, mma) > 0
+        b_s = gl.load(p_state, mask=m_s, other=0.0).to(gl.float32)
+
+    o_r = gl.arange(0, C, gl.SliceLayout(1, rows))
+    o_o = o_r[:, None] * H * DV + gl.arange(0, V, gl.SliceLayout(0, rows))[None, :]
+    p_o = o_ptr + (begin.to(gl.int64) * H + i_h) * DV + i_v * V
+    zeros_ij = gl.zeros([C, C], gl.float32, mma)
+    zeros_iv = gl.zeros([C, V], gl.float32, mma)
+    for i in range((n + C - 1) // C):
+        stage = i % STAGES
+        m = gl.minimum(n - i * C, C)
+        m_r = (o_r < m)[:, None]
+        q, k, v = q_tiles.index(stage), k_tiles.index(stage), v_tiles.index(stage)
+        mbarrier.wait(arrived.index(stage), (i // STAGES) & 1)
+        b_v = v.load(rows)
+        if m < C:  # the rows that follow are others', and may hold NaN
+            b_v = gl.where(m_r, b_v, 0.0)
+            v.store(b_v)
+            k.store(gl.where(m_r, k.load(rows), 0.0))
+            fence_async_shared()
+        scores = warpgroup_mma(q, k.permute((1, 0)), zeros_ij, use_acc=False, is_async=True)
+        b_after = gl.exp(-slope * gl.maximum(m - 1 - o_r, 0))[:, None]  # [C, 1]
+        u_tile.store((b_v.to(gl.float32) * b_after).to(dtype))
+        s_tile.store(b_s.to(dtype))
+        fence_async_shared()
+        b_scores = warpgroup_mma_wait(0, deps=(scores,))
+        o = warpgroup_mma(q, s_tile, zeros_iv, use_acc=False, is_async=True)
+        b_p = gl.convert_layout((b_scores * b_among).to(dtype), scores_a)
+        b_s += b_s * expm1(-slope * m)
+        b_o = warpgroup_mma_wait(0, deps=(o,))
+        o = warpgroup_mma(b_p, v, b_o * b_before, is_async=True)
+        update = warpgroup_mma(k.permute((1, 0)), u_tile, b_s, is_async=True)
+        b_o, b_p, b_s = warpgroup_mma_wait(1, deps=(o, b_p, update))
+        gl.store(p_o + o_o, gl.convert_layout(b_o.to(dtype), rows), mask=m_r)
+        b_o, b_s = warpgroup_mma_wait(0, deps=(b_o, b_s))
+        ahead = (i + STAGES) * C
+        _fetch(i + STAGES, begin + ahead, ahead < n, descs, columns, tiles, arrived)
+        p_o += C * H * DV
+    if last > 0:
+        gl.store(p_state, b_s.to(states_ptr.dtype.element_ty))
+
+
+def serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether card, types and sizes are the kernel's, and the strides those of bulk copies."""
+    if card(q.device) != (9, 0) or q.dtype not in DTYPES:
+        return False
+    if q.shape[-1] != K or v.shape[-1] % V:
+        return False
+    return all(
+        x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 for x in (q, k, v)
+    )
+
+
+@lru_cache(maxsize=8)
+def _layout(dtype: torch.dtype, columns: int) -> Any:
+    return gl.NVMMASharedLayout.get_default_for([C, columns], gl.dtype(DTYPES[dtype]))
+
+
+def _descriptor(x: torch.Tensor, columns: int) -> Any:
+    """x [T, H, d] as a matrix with a row of all heads for each token, in tiles [C, columns]."""
+    T, H, d = x.shape
+    shape, strides = [T, (H - 1) * x.stride(1) + d], [x.stride(0), 1]
+    return TensorDescriptor(x, shape, strides, [C, columns], _layout(x.dtype, columns))
+
+
+def outputs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slopes: torch.Tensor,
+    scale: float,
+    states: torch.Tensor,
+    o: torch.Tensor,
+    segment_states: torch.Tensor,
+    items: torch.Tensor,
+    packing: Packing,
+) -> None:
+    """o, and the states of sequences that end, by items of a plan (see kernels.segments)."""
+    H = q.shape[1]
+    _outputs_kernel[(v.shape[-1] // V, H, len(items))](
+        _descriptor(q, K),
+        _descriptor(k, K),
+        _descriptor(v, V),
+        slopes,
+        float(scale),
+        states,
+        o,
+        segment_states,
+        items,
+        packing.slots,
+        packing.starts,
+        q.stride(1),
+        k.stride(1),
+        v.stride(1),
+        states.stride(0),
+        len(segment_states),
+        H,
+        C=C,
+        K=K,
+        V=V,
+        STAGES=STAGES,
+        num_warps=4,
+    )
