@@ -39,6 +39,12 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of weights and activations; auto: bfloat16 on CUDA, float32 on the CPU"
     )
+    state_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the recurrent states; docs/state-dtype.md says what bfloat16 suits"
+    )
+    ring: int = Field(
+        0, ge=0, le=64, description="tokens that decoding keeps beside a state before it folds them"
+    )
     threads: int | None = Field(
         None,
         ge=1,
@@ -99,9 +105,12 @@ class Settings(BaseSettings):
     @field_validator("api_key", mode="before")
     @classmethod
     def _split_keys(cls, value: object) -> object:
-        if isinstance(value, str):
-            return tuple(key.strip() for key in value.split(",") if key.strip())
-        return value
+        if not isinstance(value, str):
+            return value
+        keys = tuple(key.strip() for key in value.split(",") if key.strip())
+        if not keys:
+            raise ValueError("no key in it; leave it out for a server that is open to all")
+        return keys
 
     @property
     def bundled(self) -> Path:

@@ -13,55 +13,55 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from server.errors import RequestError
 
-# Known to clients of other servers, and not to this one. A value that asks for nothing is let
-# through; None: there is no such value.
-UNSUPPORTED: dict[str, Any] = {
-    "tools": None,
-    "tool_choice": "none",
-    "functions": None,
-    "function_call": "none",
-    "parallel_tool_calls": None,
-    "reasoning_effort": None,
-    "include_reasoning": None,
-    "verbosity": None,
-    "audio": None,
-    "modalities": ["text"],
-    "prediction": None,
-    "web_search_options": None,
-    "moderation": None,
-    "prompt_cache_retention": None,
-    "prompt_cache_options": None,
-    "best_of": 1,
-    "suffix": None,
-    "echo": False,
-    "use_beam_search": False,
-    "length_penalty": 1.0,
-    "prompt_logprobs": None,
-    "truncate_prompt_tokens": None,
-    "priority": 0,
-    "cache_salt": None,
-    "structured_outputs": None,
-    "structural_tag": None,
-    "guided_json": None,
-    "guided_regex": None,
-    "guided_choice": None,
-    "guided_grammar": None,
-    "grammar": None,
-    "regex": None,
-    "ebnf": None,
-    "json_schema": None,
-    "bad_words": [],
-    "allowed_token_ids": None,
-    "logits_processors": None,
-    "spaces_between_special_tokens": True,
-    "return_tokens_as_token_ids": False,
-    "chat_template": None,
-    "documents": None,
-    "mm_processor_kwargs": None,
-    "kv_transfer_params": None,
-    "vllm_xargs": None,
-    "lora_path": None,
-    "prompt_embeds": None,
+# Known to clients of other servers, and not to this one. The values that ask for nothing, which are
+# let through.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "reasoning_effort": (),
+    "include_reasoning": (),
+    "verbosity": (),
+    "audio": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "web_search_options": (),
+    "moderation": (),
+    "prompt_cache_retention": (),
+    "prompt_cache_options": (),
+    "best_of": (1,),
+    "suffix": (),
+    "echo": (False,),
+    "use_beam_search": (False,),
+    "length_penalty": (1.0,),
+    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "priority": (0,),
+    "cache_salt": (),
+    "structured_outputs": (),
+    "structural_tag": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "grammar": (),
+    "regex": (),
+    "ebnf": (),
+    "json_schema": (),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "logits_processors": (),
+    "spaces_between_special_tokens": (True,),
+    "return_tokens_as_token_ids": (False,),
+    "chat_template": (),
+    "documents": ([],),
+    "mm_processor_kwargs": (),
+    "kv_transfer_params": (),
+    "vllm_xargs": (),
+    "lora_path": (),
+    "prompt_embeds": (),
 }
 
 
@@ -71,7 +71,7 @@ class Body(BaseModel):
     model_config = ConfigDict(
         strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), frozen=True
     )
-    refused: ClassVar[dict[str, Any]] = UNSUPPORTED
+    refused: ClassVar[dict[str, tuple[Any, ...]]] = UNSUPPORTED
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
@@ -101,8 +101,8 @@ class Body(BaseModel):
                 param=name[:100],
                 code="unknown_parameter",
             )
-        nothing = cls.refused[name]
-        if nothing is None or type(value) is not type(nothing) or value != nothing:
+        nothings = cls.refused[name]
+        if not any(type(value) is type(nothing) and value == nothing for nothing in nothings):
             raise RequestError(
                 f"{name} is not supported by this server, got {shown(value)}",
                 param=name,

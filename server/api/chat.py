@@ -24,7 +24,7 @@ router = APIRouter()
 async def chat(request: Request, service: TheService) -> Response:
     """A chat completion, whole or as server-sent events."""
     record: Record = request.state.record
-    body = ChatBody.parse(await request.body())
+    body = await service.read(request, ChatBody)
     service.check_model(body.model)
     service.queue.admit(service.client)
     head = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -99,7 +100,7 @@ class EngineClient:
         self.stats = Stats(running=0, waiting=0, slots_used=0, slots_total=0)
         self.seconds: dict[str, float] = {}
         self.is_ready = False
-        self.is_dead = False  # the process ended, whether it was told to or not
+        self.is_dead = False  # the process ended, told to or not, or was given up
         self.died = asyncio.Event()  # it ended by itself
         self.observers: list[Callable[[Step], None]] = []
         self.waiting_requests = 0
@@ -114,17 +115,21 @@ class EngineClient:
         self._context = zmq.Context(1)
         self._inbox = zmq.asyncio.Socket(self._context, zmq.PULL)
         self._inbox.set_hwm(0)
-        self._inbox.bind(address(directory, "outbox"))
         self._outbox = self._context.socket(zmq.PUSH)
         self._outbox.set_hwm(0)
-        self._outbox.connect(address(directory, "inbox"))
         self._process: Process
         self._tasks: list[asyncio.Task[None]] = []
+        try:
+            self._inbox.bind(address(directory, "outbox"))
+            self._outbox.connect(address(directory, "inbox"))
+        except BaseException:
+            self._clean_up()
+            raise
 
     @classmethod
     async def start(cls, settings: Settings, command: list[str] | None = None) -> EngineClient:
         """Start the engine process; it loads while the caller goes on. See ready()."""
-        client = cls(Path(tempfile.mkdtemp(prefix="steadystate-")))  # mode 0700
+        client = cls(_new_directory())
         try:
             await client._launch(settings, command or [sys.executable, "-m", "server.engine"])
         except BaseException:
@@ -153,6 +158,11 @@ class EngineClient:
         """Requests that hold a slot, preempted ones included."""
         return sum(not stream.closed for stream in self._streams.values()) - self.waiting_requests
 
+    @property
+    def free_slots(self) -> int:
+        """Slots that no request holds; the engine may not have come to fill them yet."""
+        return max(0, self.capacity.slots - self.running)
+
     def check_alive(self) -> None:
         """EngineDeadError when the engine is gone."""
         if self.is_dead:
@@ -175,6 +185,15 @@ class EngineClient:
         if self._streams.get(stream.id) is stream and not stream.ended:
             self._leave_queue(stream)
             self._send(Abort([stream.id]))
+
+    def abandon(self, why: str) -> None:
+        """Take the engine for dead: streams end with EngineDeadError, and so does submit().
+
+        The process goes on until close().
+        """
+        self._closing = True
+        self._epitaph = why
+        self._bury()
 
     async def close(self) -> None:
         """End the engine (SIGTERM, then SIGKILL) and every stream; nothing is left behind."""
@@ -205,7 +224,8 @@ class EngineClient:
         ]
         stdin = self._process.stdin
         assert stdin is not None
-        stdin.write(settings.model_dump_json(exclude={"api_key"}).encode())
+        keyless = settings.model_copy(update={"api_key": ()})  # the engine needs to know no key
+        stdin.write(keyless.model_dump_json().encode())
         stdin.close()  # after what was written
 
     def _clean_up(self) -> None:
@@ -275,6 +295,15 @@ class EngineClient:
             stream.wake()
         self._streams.clear()
         self.waiting_requests = self.waiting_tokens = 0
+
+
+def _new_directory() -> Path:
+    """A directory of mode 0700 for the sockets, under /tmp where their paths would be too long."""
+    parent = tempfile.gettempdir()
+    length = len(os.fsencode(parent)) + len("/steadystate-12345678/outbox")
+    if length > zmq.IPC_PATH_MAX_LEN and os.path.isdir("/tmp"):
+        parent = "/tmp"
+    return Path(tempfile.mkdtemp(prefix="steadystate-", dir=parent))
 
 
 def merge(outputs: list[Output]) -> Output:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import AsyncIterator, Mapping
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -28,7 +29,7 @@ router = APIRouter()
 async def completions(request: Request, service: TheService) -> Response:
     """Completions of one or several prompts, whole or as server-sent events."""
     record: Record = request.state.record
-    body = CompletionBody.parse(await request.body())
+    body = await service.read(request, CompletionBody)
     service.check_model(body.model)
     service.queue.admit(service.client)
     head = {
@@ -64,9 +65,14 @@ async def _prompt(service: Service, body: CompletionBody, prompt: str | list[int
     if isinstance(prompt, str):
         tokens = await service.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens)
         return Prompt(tokens, prompt)
-    check_tokens(service, prompt, "prompt")
+    tokens = await service.off_loop(len(prompt), partial(_checked, service, prompt))
     text = await service.tokenizer.decode_long(prompt) if body.echo else None
-    return Prompt(array("i", prompt), text)
+    return Prompt(tokens, text)
+
+
+def _checked(service: Service, ids: list[int]) -> array[int]:
+    check_tokens(service, ids, "prompt")
+    return array("i", ids)
 
 
 async def _whole(

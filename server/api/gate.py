@@ -13,9 +13,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.limits import Keys
-from server.api.logs import Record, log
-from server.api.service import Service
-from server.errors import AuthenticationError, SteadystateError, TooLargeError
+from server.api.logs import Record
+from server.api.service import SHUTTING_DOWN, Service
+from server.errors import AuthenticationError, EngineDeadError, SteadystateError, TooLargeError
+from server.logs import log
 
 OPEN = frozenset({"/health"})  # needs no key
 ALWAYS = OPEN | {"/metrics", "/version"}  # answers whether or not the engine is ready
@@ -50,16 +51,18 @@ class Gate:
             await self._pass(scope, self._bounded(receive), send_marked, record)
         except ClientDisconnect:
             record.status = CLIENT_CLOSED
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # the server ends, and waits no longer
             record.error = "cancelled"
-            raise
+            if record.status is not None:
+                raise
+            await respond(send_marked, EngineDeadError(SHUTTING_DOWN))
         except Exception as error:
             record.error = repr(error)
             log.exception("request %s failed", record.request_id)
             if record.status is None:
                 await respond(send_marked, SteadystateError("internal error"))
         finally:
-            quiet = record.path in ALWAYS and record.status == 200
+            quiet = record.path in ALWAYS and record.status in (200, 503)
             log.log(
                 logging.DEBUG if quiet else logging.INFO,
                 "request",

@@ -20,7 +20,7 @@ from server.api.logs import Record
 from server.api.metrics import Timeline
 from server.api.schemas import ChatBody, CompletionBody
 from server.api.service import Service
-from server.errors import ContextLengthError, RequestError, SteadystateError
+from server.errors import ContextLengthError, RequestError
 from server.protocol import Generate, pack_tokens
 
 
@@ -35,11 +35,11 @@ class Prompt:
 class Generation:
     """Choices of one request under way: choice i continues prompt i // n. Close it, always."""
 
-    def __init__(self, service: Service, prompts: Sequence[Prompt], record: Record) -> None:
+    def __init__(self, prompts: Sequence[Prompt], n: int, record: Record) -> None:
         self.prompts = prompts
         self.choices: list[Choice] = []
         self.prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
-        self._service = service
+        self._n = n
         self._record = record
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -50,8 +50,7 @@ class Generation:
     @property
     def cached_tokens(self) -> int:
         """Prompt tokens that did not have to be read, counted once a prompt."""
-        step = len(self.choices) // len(self.prompts)
-        return sum(choice.cached for choice in self.choices[::step])
+        return sum(choice.cached for choice in self.choices[:: self._n])
 
     def usage(self) -> dict[str, object]:
         """OpenAI's usage object, as of now."""
@@ -111,7 +110,7 @@ class Generation:
         record.choices = len(self.choices)
         record.prompt_tokens = self.prompt_tokens
         record.completion_tokens = self.completion_tokens
-        record.cached_tokens = self.cached_tokens if self.choices else 0
+        record.cached_tokens = self.cached_tokens
         if first is not None:
             record.started, record.first_token = first.started, first.first
 
@@ -132,34 +131,30 @@ def start(
     _check_ids(service, options)
     tokens = options.n * sum(len(prompt.tokens) for prompt in prompts)
     service.queue.admit(client, requests=count, tokens=tokens)
-    service.check()
+    service.check()  # from here on nothing waits, so submit() finds the engine alive
 
-    generation = Generation(service, prompts, record)
+    generation = Generation(prompts, options.n, record)
     eos_ids = () if options.ignore_eos else service.eos_ids
     stop_ids = sorted({*options.stop_token_ids, *eos_ids})
     base = secrets.token_hex(12)
-    try:
-        for prompt, bound in zip(prompts, bounds, strict=True):
-            packed = pack_tokens(prompt.tokens)
-            for copy in range(options.n):
-                index = len(generation.choices)
-                stream = client.submit(
-                    Generate(
-                        id=f"{base}-{index}",
-                        tokens=packed,
-                        sampling=replace(options.sampling, seed=seed_of(options.seed, copy)),
-                        max_tokens=bound,
-                        min_tokens=options.min_tokens,
-                        stop_token_ids=stop_ids,
-                    )
+    for prompt, bound in zip(prompts, bounds, strict=True):
+        packed = pack_tokens(prompt.tokens)
+        for copy in range(options.n):
+            index = len(generation.choices)
+            stream = client.submit(
+                Generate(
+                    id=f"{base}-{index}",
+                    tokens=packed,
+                    sampling=replace(options.sampling, seed=seed_of(options.seed, copy)),
+                    max_tokens=bound,
+                    min_tokens=options.min_tokens,
+                    stop_token_ids=stop_ids,
                 )
-                timeline = Timeline(record.arrived, len(prompt.tokens))
-                generation.choices.append(
-                    Choice(index, stream, options, service, prompt.tokens, timeline)
-                )
-    except SteadystateError:
-        generation.close()
-        raise
+            )
+            timeline = Timeline(record.arrived, len(prompt.tokens))
+            generation.choices.append(
+                Choice(index, stream, options, service, prompt.tokens, timeline)
+            )
     return generation
 
 
@@ -229,15 +224,22 @@ def _check_ids(service: Service, options: Options) -> None:
 
 def _max_tokens(service: Service, prompt: Prompt, options: Options) -> int:
     """How many tokens may be generated, once prompt and wish have been found to fit."""
-    size, limit = len(prompt.tokens), service.capacity.max_model_len
+    capacity = service.capacity
+    size, limit = len(prompt.tokens), capacity.max_model_len
     if not size:
         raise RequestError("the prompt must have at least 1 token, got 0", param="prompt")
     wish = options.max_tokens
     if limit is not None and size + (wish or 1) > limit:
         asked = f"{size + (wish or 1)} tokens ({size} in the prompt, {wish or 1} in the completion)"
+        why = ""
+        if capacity.blocks and limit == capacity.blocks * capacity.block_size:
+            why = (
+                f" (what its {capacity.blocks} KV blocks of {capacity.block_size} positions hold; "
+                "see --state-memory-gb and --memory-fraction)"
+            )
         raise ContextLengthError(
-            f"this model's maximum context length is {limit} tokens, and {asked} were requested; "
-            f"shorten the prompt or max_tokens",
+            f"this model's maximum context length is {limit} tokens{why}, and {asked} were "
+            "requested; shorten the prompt or max_tokens",
             param="max_tokens" if size < limit else "prompt",
         )
     bound = wish or service.settings.default_max_tokens

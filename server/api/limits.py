@@ -18,6 +18,8 @@ MAX_NAME_CHARS = 1024
 MAX_METADATA = 16
 MAX_TEMPLATE_KWARGS = 32
 MAX_TEMPLATE_KWARGS_BYTES = 65_536
+MAX_MESSAGES = 16_384
+MAX_PARTS = 16_384  # of a message
 MAX_TOKENS = 2**31 - 1
 
 
@@ -48,9 +50,15 @@ class Waiting(Protocol):
     @property
     def waiting_tokens(self) -> int: ...
 
+    @property
+    def free_slots(self) -> int: ...
+
 
 class Queue:
-    """Bounds what waits for a slot. An empty queue admits any request."""
+    """Bounds what waits for a slot; what a free slot will take does not count as waiting.
+
+    An empty queue admits any request.
+    """
 
     def __init__(self, *, max_requests: int, max_tokens: int) -> None:
         self.max_requests = max_requests
@@ -58,15 +66,16 @@ class Queue:
 
     def admit(self, engine: Waiting, *, requests: int = 1, tokens: int = 0) -> None:
         """Raise QueueFullError when these would wait behind too many others."""
-        waiting = engine.waiting_requests
-        if not waiting:
+        free = engine.free_slots
+        waiting = engine.waiting_requests - free
+        if waiting <= 0:
             return
         if waiting + requests > self.max_requests:
             raise QueueFullError(
                 f"the queue is full: {waiting} requests wait and max_queue_requests is "
                 f"{self.max_requests}, got {requests} more; try again later"
             )
-        if engine.waiting_tokens + tokens > self.max_tokens:
+        if not free and engine.waiting_tokens + tokens > self.max_tokens:
             raise QueueFullError(
                 f"the queue is full: {engine.waiting_tokens} prompt tokens wait and "
                 f"max_queue_tokens is {self.max_tokens}, got {tokens} more; try again later"

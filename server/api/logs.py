@@ -1,40 +1,9 @@
-"""Logs as JSON lines on stderr, and the record that a request fills in for its line."""
+"""The record that a request fills in for its log line."""
 
 from __future__ import annotations
 
-import logging
-import sys
 import time
 from dataclasses import dataclass, field
-
-import msgspec
-
-log = logging.getLogger("steadystate")
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, message, and what extra={"fields": ...} gives."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, object] = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}",
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-        }
-        line.update(getattr(record, "fields", {}))
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(line).decode()
-
-
-def configure(level: str) -> None:
-    """Send every log to stderr as JSON; the libraries' own chatter only from warning on."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(max(logging.WARNING, logging.getLevelNamesMapping()[level.upper()]))
-    log.setLevel(level.upper())
 
 
 @dataclass(slots=True)

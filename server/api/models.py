@@ -33,7 +33,7 @@ async def model(name: str, service: TheService) -> Response:
 @router.post("/tokenize")
 async def tokenize(request: Request, service: TheService) -> Response:
     """Ids of a raw prompt, or of messages as the chat template writes them."""
-    body = TokenizeBody.parse(await request.body())
+    body = await service.read(request, TokenizeBody)
     service.check_model(body.model)
     return JSON(await unless_disconnected(request, _tokenize(service, body)))
 
@@ -57,10 +57,11 @@ async def _tokenize(service: Service, body: TokenizeBody) -> dict[str, Any]:
 @router.post("/detokenize")
 async def detokenize(request: Request, service: TheService) -> Response:
     """Text of ids, control tokens included."""
-    body = DetokenizeBody.parse(await request.body())
+    body = await service.read(request, DetokenizeBody)
     service.check_model(body.model)
-    check_tokens(service, body.tokens, "tokens")
-    return JSON({"prompt": await service.tokenizer.decode_long(body.tokens)})
+    tokens = body.tokens
+    await service.off_loop(len(tokens), lambda: check_tokens(service, tokens, "tokens"))
+    return JSON({"prompt": await service.tokenizer.decode_long(tokens)})
 
 
 def _model(service: Service) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -23,6 +24,12 @@ from server.api.body import UNSUPPORTED, Body, shown
 
 Name = Annotated[str, StringConstraints(max_length=limits.MAX_NAME_CHARS)]
 TokenId = Annotated[int, Field(ge=0, le=limits.MAX_TOKENS)]
+
+
+def _few(value: Any) -> Any:
+    if isinstance(value, list) and len(value) > limits.MAX_MESSAGES:
+        raise ValueError(f"at most {limits.MAX_MESSAGES} messages, got {len(value)}")
+    return value
 
 
 class StreamOptions(Body):
@@ -53,7 +60,7 @@ class GenerationBody(Body):
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=2)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=2)
     logit_bias: dict[int, float] = Field(default_factory=dict)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: list[str] = Field(default_factory=list)
@@ -145,6 +152,8 @@ class Message(BaseModel):
             return value
         if not isinstance(value, list):
             raise ValueError("must be a string or a list of text parts")
+        if len(value) > limits.MAX_PARTS:
+            raise ValueError(f"at most {limits.MAX_PARTS} parts, got {len(value)}")
         texts = []
         for part in value:
             kind = part.get("type", "text") if isinstance(part, dict) else None
@@ -161,6 +170,9 @@ class Message(BaseModel):
         role = "system" if self.role == "developer" else self.role
         message: dict[str, Any] = {"role": role, "content": self.content}
         return message if self.name is None else message | {"name": self.name}
+
+
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True), BeforeValidator(_few)]
 
 
 class ResponseFormat(BaseModel):
@@ -206,7 +218,7 @@ class TemplateBody(Body):
 class ChatBody(GenerationBody, TemplateBody):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, fail_fast=True)
+    messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1, le=limits.MAX_TOKENS)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=limits.MAX_TOP_LOGPROBS)
@@ -269,7 +281,7 @@ class TokenizeBody(TemplateBody):
 
     model: Name | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1, fail_fast=True)
+    messages: Messages | None = None
     return_token_strs: bool = False
 
     @model_validator(mode="after")

@@ -7,20 +7,27 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from fastapi import Depends, Request
 
 from model.chunk import Capacity
+from server.api.body import Body
 from server.api.client import EngineClient
 from server.api.limits import Queue
-from server.api.logs import log
 from server.api.metrics import Metrics
 from server.api.tokenizer import Tokenizer
 from server.errors import EngineDeadError, NotFoundError
+from server.logs import log
 from server.settings import Settings
 
 StartEngine = Callable[[Settings], Awaitable[EngineClient]]
+
+B = TypeVar("B", bound=Body)
+T = TypeVar("T")
+
+INLINE_SIZE = 262_144  # what is larger would hold up every stream
+SHUTTING_DOWN = "the server is shutting down"
 
 
 class Service:
@@ -69,6 +76,11 @@ class Service:
         if self.state in ("starting", "ready"):
             self.state = "draining"
 
+    def abandon(self) -> None:
+        """End draining: requests that still run end with EngineDeadError."""
+        if self.state == "draining" and self.active:
+            self.client.abandon(SHUTTING_DOWN)
+
     def check(self) -> None:
         """Raise EngineDeadError unless requests can be served."""
         if self.state == "ready" and not self.client.is_dead:
@@ -76,7 +88,7 @@ class Service:
         if self.state == "starting":
             raise EngineDeadError("the model is still loading")
         if self.state == "draining":
-            raise EngineDeadError("the server is shutting down")
+            raise EngineDeadError(SHUTTING_DOWN)
         raise EngineDeadError("the engine is dead; the server is about to exit")
 
     def check_model(self, name: str | None) -> None:
@@ -87,6 +99,15 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
+
+    async def read(self, request: Request, kind: type[B]) -> B:
+        """A request's body, parsed; see off_loop(). Raises RequestError."""
+        data = await request.body()
+        return await self.off_loop(len(data), lambda: kind.parse(data))
+
+    async def off_loop(self, size: int, work: Callable[[], T]) -> T:
+        """The result of work on so many bytes or ids; if they are many, it is done in a thread."""
+        return work() if size <= INLINE_SIZE else await self.tokenizer.run(work)
 
     async def _live(self) -> None:
         try:
@@ -129,7 +150,7 @@ def sampling_defaults(path: Path) -> dict[str, float]:
         "top_p": (1e-9, 1),
         "top_k": (0, 2**31 - 1),
         "min_p": (0, 1),
-        "repetition_penalty": (1e-9, 2),
+        "repetition_penalty": (0.01, 2),
     }
     defaults = {
         name: config[name]

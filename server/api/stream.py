@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import msgspec
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette import EventSourceResponse
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from server.api.generate import Generation
-from server.api.logs import Record, log
+from server.api.logs import Record
 from server.errors import SteadystateError
+from server.logs import log
 
 DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
 
 
 class JSON(Response):
@@ -26,7 +30,8 @@ class JSON(Response):
 
 
 class EventStream(EventSourceResponse):
-    """Frames, and a comment every keepalive_seconds. The generation ends with it in any case."""
+    """Frames, and a comment after keepalive_seconds of silence. The generation ends with it in any
+    case."""
 
     def __init__(
         self,
@@ -40,16 +45,29 @@ class EventStream(EventSourceResponse):
             _events(frames, record),
             sep="\n",
             ping=keepalive_seconds,
-            ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
+            ping_message_factory=self._keep_alive,
         )
         self._generation = generation
+        self._keepalive_seconds = keepalive_seconds
+        self._spoken = time.monotonic()
         record.stream = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_noted(message: Message) -> None:
+            if message.get("body"):
+                self._spoken = time.monotonic()
+            await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_noted)
         finally:
             self._generation.close()
+
+    def _keep_alive(self) -> Any:
+        """Bytes: the comment if it is due, else none; the next ping comes when it may be."""
+        left = self._spoken + self._keepalive_seconds - time.monotonic()
+        self.ping_interval = left if left > 0 else self._keepalive_seconds
+        return b"" if left > 0 else KEEP_ALIVE
 
 
 async def _events(frames: AsyncIterator[object], record: Record) -> AsyncIterator[bytes]:

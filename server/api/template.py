@@ -125,11 +125,12 @@ class ChatTemplate:
         return text
 
     def _content(self, content: str | Sequence[str] | None) -> Any:
-        """A message's text in the form that the template reads: one string, or a list of parts."""
-        parts = [content] if isinstance(content, str) else list(content or [])
-        if self._lists:
-            return [{"type": "text", "text": part} for part in parts]
-        return "\n".join(parts)
+        """A message's text in the form that the template reads: a string, or a list of one part.
+
+        Parts are joined here: what a template put together itself could become a control token.
+        """
+        text = content if isinstance(content, str) else "\n".join(content or [])
+        return [{"type": "text", "text": text}] if self._lists else text
 
     def _wants_lists(self) -> bool:
         """Whether the template shows the text of parts and not that of a string."""

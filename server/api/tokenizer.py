@@ -67,7 +67,7 @@ class Tokenizer:
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> array[int]:
         """Ids of a raw prompt, in which the text of a control token is that token."""
-        return await self._run(lambda: self._encode(self._backend, text, add_special_tokens))
+        return await self.run(lambda: self._encode(self._backend, text, add_special_tokens))
 
     async def encode_chat(
         self,
@@ -91,7 +91,7 @@ class Tokenizer:
                 return self._encode(self._backend, rendered.text, add_special_tokens)
             return self._encode_marked(rendered, add_special_tokens)
 
-        return await self._run(work)
+        return await self.run(work)
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of ids, all at once."""
@@ -99,7 +99,7 @@ class Tokenizer:
 
     async def decode_long(self, tokens: Sequence[int]) -> str:
         """Text of a prompt's worth of ids, control tokens included."""
-        return await self._run(lambda: self.decode(tokens))
+        return await self.run(lambda: self.decode(tokens))
 
     def detokenizer(self, prompt: Sequence[int], *, skip_special_tokens: bool) -> Detokenizer:
         """For the text that follows a prompt."""
@@ -116,7 +116,8 @@ class Tokenizer:
         text = self._backend.decode([token], skip_special_tokens=False)
         return TokenText(text, text.encode())
 
-    async def _run(self, work: Callable[[], T]) -> T:
+    async def run(self, work: Callable[[], T]) -> T:
+        """The result of work done in one of the threads."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     @staticmethod

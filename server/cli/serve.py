@@ -1,7 +1,7 @@
 """`steadystate serve`: the HTTP server in this process, the engine in a child of it.
 
-Exit codes: 0 after SIGTERM or SIGINT, once running requests have ended; 1 when the engine could
-not start or died; 2 for settings that make no sense.
+Exit codes: 0 after SIGTERM or SIGINT, once running requests have ended or were ended; 1 when the
+engine could not start or died; 2 for settings that make no sense.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def run(settings: Settings, command: list[str] | None = None) -> int:
     # Imported here so that --help does not wait for the tokenizer libraries.
     from server.api.app import create_app
     from server.api.client import EngineClient
-    from server.api.logs import configure, log
     from server.api.service import Service
+    from server.logs import configure, log
 
     configure(settings.log_level)
     try:
@@ -95,7 +95,8 @@ class DrainingServer(uvicorn.Server):
     """Ends by itself when the service has failed, or when it was told to and nothing runs any more.
 
     A first SIGTERM or SIGINT drains: the port stays open, new requests are refused and running
-    ones may take drain_seconds. A second one ends at once.
+    ones may take drain_seconds. After that, or at a second signal, those that still run end with
+    an error, for which there are LAST_WORDS_SECONDS.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service, url: str) -> None:
@@ -105,7 +106,8 @@ class DrainingServer(uvicorn.Server):
         self._announced = False
         self._begun = time.monotonic()
         self._signals = 0
-        self._deadline: float | None = None
+        self._deadline: float | None = None  # of draining
+        self._end: float | None = None  # of last words
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Count a signal; on_tick acts on it."""
@@ -123,10 +125,12 @@ class DrainingServer(uvicorn.Server):
         if self._signals and self._deadline is None:
             service.drain()
             self._deadline = now + service.settings.drain_seconds
-        if service.failure is not None and self._deadline is None:
-            self._deadline = now + LAST_WORDS_SECONDS
-        idle = service.active == 0
-        if self._deadline is not None and (idle or now >= self._deadline or self._signals > 1):
+        overdue = self._deadline is not None and (now >= self._deadline or self._signals > 1)
+        if self._end is None and (overdue or service.failure is not None):
+            service.abandon()
+            self._end = now + LAST_WORDS_SECONDS
+        ending = self._deadline is not None or self._end is not None
+        if (ending and service.active == 0) or (self._end is not None and now >= self._end):
             self.should_exit = True
         return self.should_exit
 

@@ -25,6 +25,8 @@ def load(settings: Settings) -> LoadedRunner:
         state_memory_gb=settings.state_memory_gb,
         max_model_len=settings.max_model_len,
         max_step_tokens=settings.max_step_tokens,
+        state_dtype=settings.state_dtype,
+        ring=settings.ring,
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from server.engine.line import Line
 from server.engine.loop import LoadedRunner, Loop
+from server.logs import configure
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -26,10 +27,7 @@ def run_engine(directory: Path, load: Callable[[Settings], LoadedRunner]) -> int
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     settings = Settings.model_validate_json(sys.stdin.buffer.read())
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    configure(settings.log_level)
     line = Line(directory)
     try:
         loop = Loop(load(settings), line)

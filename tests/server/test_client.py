@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
 from model.chunk import Sampling
 from server.api.client import EngineClient, merge
@@ -287,6 +288,29 @@ def test_close_ends_the_process_and_leaves_nothing():
         await client.close()  # twice is no error
 
     within(10, test)
+
+
+def test_a_long_temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+
+    async def test() -> None:
+        async with engine() as client:
+            assert client._directory.parent == Path("/tmp")
+            assert await collect(client, generate("a", [2], 3)) == (expected([2], 3), "length")
+
+    within(10, test)
+
+
+def test_a_client_that_cannot_be_made_leaves_no_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("server.api.client.address", lambda directory, name: "nonsense://")
+    with pytest.raises(zmq.ZMQError):
+        asyncio.run(EngineClient.start(Settings(), FAKE))
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_engine_that_hears_no_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from array import array
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from server.api.generate import options_of, seed_of
+from model.chunk import Capacity, Sampling
+from server.api.choice import Options
+from server.api.generate import Prompt, options_of, seed_of, start
 from server.api.limits import Keys, Queue
+from server.api.logs import Record
 from server.api.schemas import CompletionBody
 from server.api.service import sampling_defaults
-from server.errors import QueueFullError
+from server.errors import ContextLengthError, QueueFullError
 from tests.server.api.checkpoint import write_checkpoint
 
 
@@ -61,8 +65,10 @@ def test_generation_config(tmp_path: Path, config: dict[str, Any], expected: Any
 def test_a_queue_counts_requests_and_tokens() -> None:
     queue = Queue(max_requests=3, max_tokens=100)
 
-    def admit(waiting: int, waiting_tokens: int, requests: int, tokens: int) -> bool:
-        engine: Any = SimpleNamespace(waiting_requests=waiting, waiting_tokens=waiting_tokens)
+    def admit(waiting: int, waiting_tokens: int, requests: int, tokens: int, free: int = 0) -> bool:
+        engine: Any = SimpleNamespace(
+            waiting_requests=waiting, waiting_tokens=waiting_tokens, free_slots=free
+        )
         try:
             queue.admit(engine, requests=requests, tokens=tokens)
         except QueueFullError:
@@ -72,6 +78,20 @@ def test_a_queue_counts_requests_and_tokens() -> None:
     assert admit(0, 0, 50, 5000)  # nothing is refused for ever
     assert admit(2, 60, 1, 40) and not admit(2, 60, 2, 40) and not admit(2, 60, 1, 41)
     assert not admit(3, 0, 1, 0)
+    assert admit(12, 500, 1, 500, free=12)  # these do not wait for a slot
+    assert admit(13, 500, 2, 0, free=12) and not admit(13, 500, 3, 0, free=12)
+
+
+@pytest.mark.parametrize(("limit", "named"), [(128, True), (100, False)])
+def test_the_memory_that_bounds_a_prompt_is_named(limit: int, named: bool) -> None:
+    capacity = Capacity(slots=1, state_bytes=1, blocks=2, block_size=64, max_model_len=limit)
+    settings = SimpleNamespace(max_n=1, default_max_tokens=8)
+    service: Any = SimpleNamespace(capacity=capacity, settings=settings, client=None)
+    options = Options(max_tokens=30, sampling=Sampling())
+    with pytest.raises(ContextLengthError, match=f"{limit} tokens") as caught:
+        start(service, [Prompt(array("i", range(100)))], options, Record("a", "POST", "/"))
+    assert ("2 KV blocks of 64 positions" in caught.value.message) == named
+    assert ("--state-memory-gb" in caught.value.message) == named
 
 
 def test_keys() -> None:

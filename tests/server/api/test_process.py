@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -48,6 +50,7 @@ def test_from_start_to_sigterm(launch: Launch) -> None:
         assert refused.status_code == 503 and refused.headers["retry-after"]
         assert running.result().json()["usage"]["completion_tokens"] == 150
     assert process.wait() == 0
+    assert not any('"path":"/health"' in line for line in process.log)
     lines = [json.loads(line) for line in process.log if "completion_tokens" in line]
     assert lines[0]["completion_tokens"] == 150 and lines[0]["status"] == 200
     assert lines[0]["first_token_seconds"] <= lines[0]["seconds"]
@@ -56,15 +59,42 @@ def test_from_start_to_sigterm(launch: Launch) -> None:
     assert process.live.url in line and "tiny" in line and "cpu" in line
 
 
-def test_sigint_waits_only_so_long(launch: Launch) -> None:
-    process = launch("--step-seconds", "0.01", drain_seconds=0.3)
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM] * 2])
+def test_draining_ends_with_words_to_all(launch: Launch, signals: list[signal.Signals]) -> None:
+    """After drain_seconds, or at a second signal."""
+    process = launch("--step-seconds", "0.01", drain_seconds=60 if len(signals) > 1 else 0.5)
     process.live.wait_ready()
-    with ThreadPoolExecutor(2) as pool:
-        pool.submit(post, process, stream=True)
-        pool.submit(post, process)
-        eventually(lambda: process.live.metrics()["state_slots_used"] == 2)
-        process.process.send_signal(signal.SIGINT)
+    with ThreadPoolExecutor(3) as pool:
+        streams = [pool.submit(post, process, stream=True, n=n) for n in (1, 2)]
+        whole = pool.submit(post, process)
+        eventually(lambda: process.live.metrics()["state_slots_used"] == 4)
+        for number in signals:
+            process.process.send_signal(number)
+            eventually(lambda: process.live.http.get("/health").status_code == 503)
+        for stream in streams:
+            frames = stream.result().text.strip().split("\n\n")
+            assert len(frames) > 2 and frames[-1] == "data: [DONE]"
+            error = json.loads(frames[-2].removeprefix("data: "))["error"]
+            assert error["code"] == "engine_unavailable" and "shutting down" in error["message"]
+        response = whole.result()
+        assert response.status_code == 503 and response.headers["retry-after"]
+        assert "shutting down" in response.json()["error"]["message"]
+    assert process.wait() == 0
+    assert not any("Traceback" in line for line in process.log)
+
+
+def test_a_body_that_never_ends_does_not_hold_up_the_end(launch: Launch) -> None:
+    process = launch(drain_seconds=0.1)
+    process.live.wait_ready()
+    host, port = process.live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=15) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\n{"
+        )
+        time.sleep(0.3)
+        process.terminate()
         assert process.wait() == 0
+        assert connection.recv(65536).startswith(b"HTTP/1.1 503 ")
 
 
 def test_the_death_of_the_engine_ends_everything(launch: Launch) -> None:
@@ -86,7 +116,10 @@ def test_the_death_of_the_engine_ends_everything(launch: Launch) -> None:
 def test_an_engine_that_cannot_load(launch: Launch) -> None:
     process = launch("--fail-load")
     assert process.wait(15) == 1
-    assert any("critical" in line for line in process.log)
+    lines = [json.loads(line) for line in process.log]
+    assert any(line["level"] == "critical" for line in lines)
+    (failure,) = [line for line in lines if line["message"] == "the engine failed"]
+    assert "tensors are missing" in failure["exception"]
 
 
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
@@ -121,6 +154,8 @@ def test_the_console_script() -> None:
         (["a", "--model", "b"], "MODEL"),
         (["--no-such-flag"], "no-such-flag"),
         (["--memory-fraction", "nan"], "memory_fraction"),
+        (["--api-key", ""], "api_key"),
+        (["--api-key", " ", "--api-key", ","], "api_key"),
     ],
 )
 def test_flags_that_make_no_sense(
@@ -130,6 +165,19 @@ def test_flags_that_make_no_sense(
         main(["serve", *arguments])
     assert end.value.code == 2
     assert mistake in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["", ",", " , "])
+def test_a_variable_without_a_key_opens_nothing(
+    value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STEADYSTATE_API_KEY", value)
+    with pytest.raises(SystemExit) as end:
+        main(["serve"])
+    assert end.value.code == 2 and "api_key" in capsys.readouterr().err
+    settings = Settings(api_key="a")
+    data = settings.model_copy(update={"api_key": ()}).model_dump_json()
+    assert Settings.model_validate_json(data).api_key == ()  # as the engine reads them
 
 
 def test_flags_win_over_variables(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from server.api.body import UNSUPPORTED, Body
-from server.api.limits import MAX_LOGIT_BIAS
+from server.api.limits import MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PARTS
 from server.api.schemas import ChatBody, CompletionBody, TokenizeBody
 from server.errors import RequestError
 
@@ -125,8 +125,15 @@ def test_what_is_not_supported_is_refused_and_null_is_absent(name: str) -> None:
 
 def test_a_value_that_asks_for_nothing_is_let_through() -> None:
     chat(tool_choice="none", response_format={"type": "text"}, modalities=["text"], store=False)
+    chat(tools=[], functions=[], tool_choice="auto", function_call="auto", documents=[])
+    chat(parallel_tool_calls=True)
+    chat(parallel_tool_calls=False)
     completion(best_of=1, echo=False)
-    for name, value in (("best_of", True), ("tool_choice", "auto"), ("best_of", 2)):
+    for name, value in (
+        *(("best_of", True), ("best_of", 2)),
+        *(("tool_choice", "required"), ("tools", [{}]), ("tools", {}), ("documents", [{}])),
+        *(("functions", [{}]), ("parallel_tool_calls", 1)),
+    ):
         with pytest.raises(RequestError, match=name):
             completion(**{name: value})
 
@@ -188,6 +195,21 @@ def test_fields_that_contradict_each_other(fields: dict[str, Any], named: str) -
     with pytest.raises(RequestError) as caught:
         completion(**fields)
     assert caught.value.param == named
+
+
+def test_messages_and_parts_are_bounded() -> None:
+    part = {"type": "text", "text": "a"}
+    chat(messages=MESSAGES * MAX_MESSAGES)
+    chat(messages=[{"role": "user", "content": [part] * MAX_PARTS}])
+    for messages, field, limit in (
+        (MESSAGES * (MAX_MESSAGES + 1), "messages", MAX_MESSAGES),
+        ([{"role": "user", "content": [part] * (MAX_PARTS + 1)}], "messages[0].content", MAX_PARTS),
+    ):
+        with pytest.raises(RequestError) as caught:
+            chat(messages=messages)
+        assert caught.value.param == field
+        assert f"at most {limit} " in caught.value.message
+        assert f"got {limit + 1}" in caught.value.message
 
 
 def test_a_million_wrong_items_make_one_short_error() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 
+from server.api.schemas import CompletionBody
 from tests.server.api.live import Live, eventually, in_thread
 
 
@@ -108,6 +111,24 @@ def test_a_body_of_just_the_bound(guarded: Live) -> None:
     assert guarded.http.post("/v1/completions", content=data.ljust(2048)).status_code == 200
 
 
+def test_large_bodies_are_read_in_a_thread(echo: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    parse = CompletionBody.parse
+
+    def noted(data: bytes) -> CompletionBody:
+        threads.append(threading.current_thread().name)
+        return parse(data)
+
+    monkeypatch.setattr(CompletionBody, "parse", noted)
+    for data in (b'{"prompt": "a"}', b'{"prompt": "a"}'.ljust(300_000)):
+        assert echo.http.post("/v1/completions", content=data).status_code == 200
+    assert [name.startswith("tokenize") for name in threads] == [False, True]
+    wrong = echo.http.post("/v1/completions", content=b'{"prompt": 1}'.ljust(300_000))
+    assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "prompt"
+    far = echo.complete([97] * 300_000 + [999], max_tokens=1)
+    assert far.status_code == 400 and "999" in far.json()["error"]["message"]
+
+
 def test_prompts_beyond_the_models_length(guarded: Live) -> None:
     assert guarded.complete("x" * 60, max_tokens=4).status_code == 200
     for prompt, bound in (("x" * 60, 5), ("x" * 64, 1), ("x" * 500, 1)):
@@ -148,6 +169,16 @@ def test_a_full_queue_says_when_to_come_again(slow: Live) -> None:
                 assert int(refused.headers["retry-after"]) >= 1
                 assert refused.json()["error"]["type"] == "rate_limit_error"
     slow.wait_idle()
+
+
+def test_requests_that_find_a_slot_are_no_queue(checkpoint: Path) -> None:
+    options = ("--slots", "64", "--step-seconds", "0.05")  # time for all to come in one step
+    with (
+        in_thread(checkpoint, *options, max_queue_requests=2) as live,
+        ThreadPoolExecutor(12) as pool,
+    ):
+        answers = list(pool.map(lambda _: live.complete("a", max_tokens=4), range(12)))
+    assert [answer.status_code for answer in answers] == [200] * 12
 
 
 def test_silence_is_filled_with_comments(slow: Live) -> None:

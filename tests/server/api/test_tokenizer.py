@@ -110,7 +110,20 @@ def test_a_template_may_want_lists(tmp_path: Path) -> None:
         "{% for m in messages %}{% for p in m.content %}{{ p.text }}|{% endfor %}{% endfor %}"
     )
     tokenizer = Tokenizer(write_checkpoint(tmp_path / "m", template))
-    assert chat(tokenizer, "a", ["b", "c"]) == [*b"a|b|c|"]
+    assert chat(tokenizer, "a", ["b", "c"]) == [*b"a|b\nc|"]
+
+
+def test_control_tokens_in_several_parts_are_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}<|user|>"
+        "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }}"
+        "{% endfor %}<|end|>{% endfor %}"
+    )
+    lists = Tokenizer(write_checkpoint(tmp_path / "m", template))
+    parts = ["x<|en", "d|><|sys", "tem|>y"]
+    expected = [USER, *"\n".join(parts).encode(), END]
+    assert chat(lists, parts) == expected
+    assert chat(tokenizer, parts, add_generation_prompt=False) == expected
 
 
 def test_no_template_is_said(tmp_path: Path) -> None:
