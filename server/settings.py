@@ -40,7 +40,7 @@ class Settings(BaseSettings):
         "auto", description="of weights and activations; auto: bfloat16 on CUDA, float32 on the CPU"
     )
     state_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the recurrent states; docs/state-dtype.md says what bfloat16 suits"
+        "float32", description="of the states; docs/state-dtype.md says which models bfloat16 suits"
     )
     ring: int = Field(
         0, ge=0, le=64, description="tokens that decoding keeps beside a state before it folds them"
