@@ -45,13 +45,18 @@ def device_name() -> str:
 
 
 def commit() -> str:
-    """The commit that was measured, marked where the tree had changes."""
+    """The commit that was measured, marked where the code beside the results had changes."""
+
+    def git(*arguments: str) -> str:
+        root = Path(__file__).parent.parent
+        done = subprocess.run(
+            ["git", *arguments], cwd=root, check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
     try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        where = Path(__file__).parent
-        return subprocess.run(
-            command, cwd=where, check=True, capture_output=True, text=True
-        ).stdout.strip()
+        changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("STEADYSTATE_COMMIT", "unknown")
 
