@@ -19,6 +19,7 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m benchmarks.table --check
 
 format: $(VENV)/.test
 	$(VENV)/bin/ruff check --fix .
