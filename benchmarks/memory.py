@@ -2,18 +2,21 @@
 
     python -m benchmarks.memory [--model recall] [--tokens 1000000]
 
-Device memory on a GPU is the most that the engine process had reserved at any step. On the CPU it
-is the median over the steps of its resident bytes, less the prompt's token ids (4 bytes each); the
-C library is told to give back at once what is freed, as it otherwise keeps what it likes.
+The engine measures its memory twice a second, so prompts of one length follow one another for some
+seconds, and what was measured before they began does not count. Device memory on a GPU is the most
+that was reserved. On the CPU it is the median of the resident bytes, less the prompt's token ids (4
+bytes each); the C library is told to give back at once what is freed, as it otherwise keeps it.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import os
 import random
 import statistics
+import time
 
 from benchmarks.result import Row, write
 from model.chunk import Sampling
@@ -22,25 +25,35 @@ from server.protocol import Generate, Step, pack_tokens
 from server.settings import Settings
 
 
+SECONDS = 4.0  # how long prompts of one length are read, at least
+STALE_SECONDS = 1.0  # until a measurement is surely of these prompts
+
+
 async def reading(client: EngineClient, length: int) -> tuple[float, int]:
-    """Device memory, and most slots, that were seen while a prompt of `length` was read."""
+    """Device memory, and most slots, that were seen while prompts of `length` were read."""
     seen: list[tuple[int, int]] = []
+    begin = time.monotonic()
 
     def observe(step: Step) -> None:
-        seen.append((step.stats.device_memory, step.stats.slots_used))
+        if time.monotonic() - begin > STALE_SECONDS:
+            seen.append((step.stats.device_memory, step.stats.slots_used))
 
-    client.observers.append(observe)
     rng = random.Random(length)
-    request = Generate(
-        id=f"memory-{length}",
-        tokens=pack_tokens([rng.randrange(256) for _ in range(length)]),
-        sampling=Sampling(temperature=0.0),
-        max_tokens=4,
-    )
-    async with client.submit(request) as stream:
-        async for output in stream:
-            if output.error:
-                raise RuntimeError(output.error)
+    tokens = pack_tokens([rng.randrange(256) for _ in range(length)])
+    client.observers.append(observe)
+    for number in itertools.count():
+        request = Generate(
+            id=f"memory-{begin}-{number}",
+            tokens=tokens,
+            sampling=Sampling(temperature=0.0),
+            max_tokens=4,
+        )
+        async with client.submit(request) as stream:
+            async for output in stream:
+                if output.error:
+                    raise RuntimeError(output.error)
+        if time.monotonic() - begin > SECONDS:
+            break
     client.observers.remove(observe)
     memory = [m for m, _ in seen]
     on_cpu = client.capacity.device == "cpu"
