@@ -24,7 +24,6 @@ from server.api.client import EngineClient
 from server.protocol import Generate, Step, pack_tokens
 from server.settings import Settings
 
-
 SECONDS = 4.0  # how long prompts of one length are read, at least
 STALE_SECONDS = 1.0  # until a measurement is surely of these prompts
 
