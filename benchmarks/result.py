@@ -44,6 +44,12 @@ def device_name() -> str:
     return f"{model}, {len(os.sched_getaffinity(0))} cores"
 
 
+def card_name(gpu: str) -> str:
+    """A GPU's model, without its maker, as it stands in names of files."""
+    words = [word for word in gpu.split() if word not in ("NVIDIA", "Tesla", "GeForce", "RTX")]
+    return words[0].lower()
+
+
 def commit() -> str:
     """The commit that was measured, marked where the code beside the results had changes."""
 
@@ -72,7 +78,7 @@ def write(bench: str, rows: list[Row], **measured: Any) -> Path:
     import torch
 
     gpu = device_name()
-    card = gpu.split()[-1].lower() if torch.cuda.is_available() else "cpu"
+    card = card_name(gpu) if torch.cuda.is_available() else "cpu"
     path = RESULTS / f"{bench}-{card}.json"
     arguments = " ".join(map(shlex.quote, sys.argv[1:]))
     content = {

@@ -27,6 +27,15 @@ class PrefillTuning:
     resident: int
 
 
+@dataclass(slots=True, frozen=True)
+class RingTuning:
+    """Rows of the state read at a time, warps per program, registers per thread."""
+
+    rows: int
+    warps: int
+    registers: int
+
+
 # by bytes of an element and the power of two that holds a key; the outputs of (2, 128) only where
 # lightning_prefill_hopper does not serve
 HOPPER = {
@@ -65,3 +74,12 @@ def processors(device: torch.device) -> int:
 def prefill_tuning(device: torch.device, itemsize: int, BLOCK_K: int) -> PrefillTuning:
     """The card's tiles, or modest ones where it was never measured."""
     return PREFILL.get(card(device), ELSEWHERE)[itemsize, max(BLOCK_K, 64)]
+
+
+# by bytes of an element of the state
+RING = {4: RingTuning(32, 4, 128), 2: RingTuning(16, 2, 128)}
+
+
+def ring_tuning(device: torch.device, itemsize: int) -> RingTuning:
+    """How decoding with a ring reads states of such elements."""
+    return RING[itemsize]

@@ -35,7 +35,7 @@ def memory_fields(index: int, heads: int, dk: int, dv: int, memory: Memory) -> l
         fields += [
             Field(f"ring_keys.{index}", (heads, memory.ring, dk), memory.values),
             Field(f"ring_values.{index}", (heads, memory.ring, dv), memory.values),
-            Field(f"folded.{index}", (heads,), torch.int64),
+            Field(f"folded.{index}", (heads, 2), torch.int64),
         ]
     return fields
 
