@@ -51,7 +51,12 @@ def card_name(gpu: str) -> str:
 
 
 def commit() -> str:
-    """The commit that was measured, marked where the code beside the results had changes."""
+    """The commit that was measured, marked where the code beside the results had changes.
+
+    STEADYSTATE_COMMIT names it where the code was copied without its history.
+    """
+    if "STEADYSTATE_COMMIT" in os.environ:
+        return os.environ["STEADYSTATE_COMMIT"]
 
     def git(*arguments: str) -> str:
         root = Path(__file__).parent.parent
@@ -64,7 +69,7 @@ def commit() -> str:
         changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("STEADYSTATE_COMMIT", "unknown")
+        return "unknown"
 
 
 def write(bench: str, rows: list[Row], **measured: Any) -> Path:

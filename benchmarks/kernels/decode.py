@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,20 +27,16 @@ BFLOAT16_GOALS = {256: 0.45}
 CHECKED = {torch.float32: 4e-3, torch.bfloat16: 8e-3}
 
 
-@dataclass(slots=True, eq=False)
 class Layers:
     """B sequences in the states and rings of some layers; `step` decodes a token in each layer."""
 
-    B: int
-    dtype: torch.dtype
-    ring: bool
-    slopes: torch.Tensor = field(default_factory=lambda: slopes_of(H, MIDDLE))
-
-    def __post_init__(self) -> None:
-        B = self.B
-        count = max(1, POOL_BYTES // (B * H * D * D * self.dtype.itemsize))
+    def __init__(self, B: int, dtype: torch.dtype, ring: bool) -> None:
+        self.B = B
+        self.ring = ring
+        self.slopes = slopes_of(H, MIDDLE)
+        count = max(1, POOL_BYTES // (B * H * D * D * dtype.itemsize))
         self.states = [
-            torch.randn(B, H, D, D, device="cuda").to(self.dtype) for _ in range(min(count, 64))
+            torch.randn(B, H, D, D, device="cuda").to(dtype) for _ in range(min(count, 64))
         ]
         self.rings = [
             [
