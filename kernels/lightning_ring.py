@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 
 from kernels.language import expm1, jit, next_power_of_2, tl
-from kernels.tuning import ring_tuning
+from kernels.tuning import RingTuning, ring_tuning
 
 
 @jit
@@ -250,12 +250,13 @@ def _triton(
     starts: torch.Tensor,
     drafts: int,
     o: torch.Tensor,
+    tuning: RingTuning | None = None,
 ) -> None:
     N, H, dk = q.shape
     dv = v.shape[-1]
     R = ring_k.shape[2]
     slices = _slices(R, drafts, dk)
-    tuning = ring_tuning(q.device, states.element_size())
+    tuning = tuning or ring_tuning(q.device, states.element_size())
     _decode_kernel[(H, N)](
         q,
         k,
