@@ -41,7 +41,7 @@ BOUND = 5e-3  # of bfloat16 keys and values that the kernel decays in bfloat16
 BLOCK = 1024
 
 
-@jit(do_not_specialize=["first"])
+@jit(do_not_specialize=["first", "salt"])
 def _draw_kernel(x_ptr, first, salt, H, D, period, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     o_x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     head = (o_x // D) % H
