@@ -22,15 +22,15 @@ class Progress(tqdm):
     monitor_interval = 0  # no thread that watches the bars
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        self._bar = sys.stderr.isatty()
+        self.bar = sys.stderr.isatty()
         self._logged: object = 0
-        if not self._bar:
+        if not self.bar:
             options |= {"file": io.StringIO(), "mininterval": LINE_SECONDS, "miniters": 1}
         super().__init__(*args, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:
         """Draw the bar, or log how far it has come since the last line."""
-        if self._bar:
+        if self.bar:
             return super().display(msg, pos)
         if self.n != self._logged:
             self._logged = self.n

@@ -14,6 +14,7 @@ from fastapi import Depends, Request
 from model.chunk import Capacity
 from server.api.body import Body
 from server.api.client import EngineClient
+from server.api.fetch import fetch
 from server.api.limits import Queue
 from server.api.metrics import Metrics
 from server.api.tokenizer import Tokenizer
@@ -111,10 +112,14 @@ class Service:
 
     async def _live(self) -> None:
         try:
-            path = self.settings.model_path
+            settings = self.settings
+            if settings.hub_id is not None:
+                fetched = {"model": str(await fetch(settings)), "revision": None}
+                settings = settings.model_copy(update=fetched)
+            path = settings.model_path
             if not path.is_dir():
                 raise ValueError(f"model: no checkpoint directory at {str(path)!r}")
-            self.client = await self._start_engine(self.settings)
+            self.client = await self._start_engine(settings)
             self._closers.append(self.client.close)
             self.tokenizer = await asyncio.to_thread(Tokenizer, path)
             self._closers.append(self.tokenizer.close)
