@@ -218,6 +218,11 @@ def divide(budget: int, slot_bytes: int, block_bytes: int, max_running: int) -> 
     return slots, blocks
 
 
+def sampling_bytes(max_running: int, vocab_size: int) -> int:
+    """When every running sequence asks for a token at once: logits, and copies while sampling."""
+    return max_running * vocab_size * 4 * 8
+
+
 def longest(asked: int | None, blocks: int, positions: int | None) -> int | None:
     """The bound on a sequence's tokens: what was asked for, what the KV blocks hold, what the
     positions allow; None when nothing bounds it. ConfigError when more is asked than fits."""
@@ -263,8 +268,7 @@ def _cuda_budget(
     activations = torch.cuda.max_memory_allocated(device) - before
     del store
     torch.cuda.empty_cache()
-    # every running sequence may ask for a token at once: logits and their copies while sampling
-    activations += max_running * model.vocab_size * 4 * 8
+    activations += sampling_bytes(max_running, model.vocab_size)
     free, total = torch.cuda.mem_get_info(device)
     return int(free - activations - total * (1 - fraction))
 
