@@ -104,6 +104,11 @@ class Settings(BaseSettings):
         ge=1,
         description="chat: tokens generated when the request names no bound",
     )
+    reasoning_parser: Literal["auto", "think", "none"] = Field(
+        "auto",
+        description="think: chats tell what stands in <think>...</think> as reasoning_content; "
+        "auto: where the chat template or the tokenizer has these tags",
+    )
     max_queue_requests: int = Field(
         1024,
         ge=1,

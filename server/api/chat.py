@@ -13,9 +13,12 @@ from server.api.choice import Piece, TokenChoice
 from server.api.disconnect import unless_disconnected
 from server.api.generate import Generation, Prompt, options_of, start
 from server.api.logs import Record
-from server.api.schemas import ChatBody, Message, TemplateBody
+from server.api.reasoning import OPEN, opened
+from server.api.schemas import ChatBody, Message, TemplateBody, for_template
 from server.api.service import Service, TheService
 from server.api.stream import JSON, EventStream
+
+TAIL = 32  # tokens of a prompt in which an opening tag at its end is looked for
 
 router = APIRouter()
 
@@ -47,13 +50,15 @@ async def chat(request: Request, service: TheService) -> Response:
 async def encode_messages(service: Service, body: TemplateBody, messages: list[Message]) -> Prompt:
     """A conversation as a prompt."""
     ending = body.add_generation_prompt
+    effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
     return Prompt(
         await service.tokenizer.encode_chat(
-            [message.for_template() for message in messages],
+            for_template(messages),
             add_generation_prompt=not body.continue_final_message if ending is None else ending,
             continue_final_message=body.continue_final_message,
             add_special_tokens=bool(body.add_special_tokens),
-            kwargs=body.chat_template_kwargs,
+            tools=[tool.for_template() for tool in body.offered],
+            kwargs=body.chat_template_kwargs | effort,
         )
     )
 
@@ -65,8 +70,20 @@ async def _begin(service: Service, body: ChatBody, record: Record) -> Generation
         service,
         max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        thinking=_thinking(service, body, prompt) if service.tells_reasoning else None,
     )
     return start(service, [prompt], options, record)
+
+
+def _thinking(service: Service, body: ChatBody, prompt: Prompt) -> bool:
+    """Whether the prompt ends inside a block of reasoning, which the reply then goes on with.
+
+    The template may open one at the prompt's very end; elsewhere the tag is somebody's text.
+    """
+    if body.continue_final_message:
+        content = body.messages[-1].content or ""
+        return opened(content if isinstance(content, str) else "\n".join(content))
+    return service.tokenizer.decode(prompt.tokens[-TAIL:]).rstrip().endswith(OPEN)
 
 
 async def _whole(
@@ -79,9 +96,12 @@ async def _whole(
         generation.close()
     choices = []
     for done in pieces:
+        message = {"role": "assistant", "content": done.text, "refusal": None}
+        if service.tells_reasoning:
+            message["reasoning_content"] = done.reasoning or None
         choice: dict[str, Any] = {
             "index": done.index,
-            "message": {"role": "assistant", "content": done.text, "refusal": None},
+            "message": message,
             "logprobs": _logprobs(body, done.logprobs),
             "finish_reason": done.finish,
             "stop_reason": done.stop,
@@ -124,6 +144,8 @@ def _delta(body: ChatBody, piece: Piece, first: bool) -> dict[str, Any]:
         delta = {"role": "assistant", "content": piece.text, "refusal": None}
     elif piece.text:
         delta = {"content": piece.text}
+    if piece.reasoning:
+        delta["reasoning_content"] = piece.reasoning
     choice: dict[str, Any] = {
         "index": piece.index,
         "delta": delta,

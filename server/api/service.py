@@ -34,6 +34,7 @@ SHUTTING_DOWN = "the server is shutting down"
 class Service:
     """Settings, engine, tokenizer, metrics and queue of one server.
 
+    `tells_reasoning`: whether chats tell what the model thinks apart from what it answers.
     `failure` says why the server cannot go on; whoever runs it then ends it. `active` counts the
     requests under way, for whoever waits for them to end.
     """
@@ -54,6 +55,7 @@ class Service:
         self.client: EngineClient
         self.capacity: Capacity
         self.eos_ids: tuple[int, ...] = ()
+        self.tells_reasoning = False
         self._start_engine = start_engine
         self._life: asyncio.Task[None] | None = None
         self._closers: list[Callable[[], Awaitable[None] | None]] = []
@@ -124,6 +126,8 @@ class Service:
             self.tokenizer = await asyncio.to_thread(Tokenizer, path)
             self._closers.append(self.tokenizer.close)
             self.sampling_defaults = sampling_defaults(path)
+            parser = settings.reasoning_parser
+            self.tells_reasoning = parser == "think" or (parser == "auto" and self.tokenizer.thinks)
             await self.client.ready()
             self.capacity = self.client.capacity
             width = self.capacity.vocab_size  # an id beyond it cannot be drawn
