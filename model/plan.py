@@ -124,11 +124,11 @@ def _heads(slot_fields: list[Field], block_fields: list[Field]) -> tuple[int, in
 
 def _row(parameters: Parameters, top: int) -> int:
     """Bytes that one row takes between layers: in and out of the widest matrix, twice."""
-    widest = max(
+    widths = [
         (top if tensor.ndim == 3 else 1) * (tensor.shape[-1] + tensor.shape[-2])
         for tensor in parameters.linear
-    )
-    return widest * parameters.dtype.itemsize * 2
+    ]
+    return max(widths, default=0) * parameters.dtype.itemsize * 2
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
