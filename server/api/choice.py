@@ -142,6 +142,7 @@ class Choice:
     def _take(self, output: Output) -> None:
         """Add an Output to the piece, up to the token that completes a stop string."""
         tokens = unpack_tokens(output.tokens)
+        stop: int | None = None
         for position, token in enumerate(tokens):
             self.count += 1
             self._piece.tokens.append(token)
@@ -153,11 +154,11 @@ class Choice:
             if self._piece.finish is not None:
                 return
             if ends and token in self._options.stop_token_ids:
-                self._piece.stop = token
+                stop = token
         if output.finish is not None:
             self._add(self._detokenizer.flush())
             if self._piece.finish is None:
-                self._end(self._stops.flush(), output.finish)
+                self._end(self._stops.flush(), output.finish, stop)
 
     def _add(self, text: str) -> None:
         """Text of one more token, through the stop strings."""
@@ -171,8 +172,7 @@ class Choice:
         if stop is None:
             self._say(out)
         else:
-            self._piece.stop = stop
-            self._end(out, "stop")
+            self._end(out, "stop", stop)
 
     def _say(self, text: str) -> None:
         """Text that goes out: to the reasoning, or to the answer in a piece of its own."""
@@ -186,9 +186,8 @@ class Choice:
             self._piece = Piece(self.index)
         self._piece.text += said
 
-    def _end(self, text: str, finish: str) -> None:
-        """The last text."""
-        stop = self._piece.stop
+    def _end(self, text: str, finish: str, stop: str | int | None) -> None:
+        """The last text, and why it is the last."""
         self._say(text)
         if self._reasoning is not None:
             thought, said = self._reasoning.flush()
