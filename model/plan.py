@@ -14,7 +14,7 @@ import torch
 from model.config import ConfigError, Fields
 from model.families import build
 from model.lightning import Memory
-from model.runner import BLOCK_SIZE, DTYPES, divide, sampling_bytes
+from model.runner import BLOCK_SIZE, DTYPES, RING, divide, sampling_bytes
 from model.store import Field, row_bytes
 from model.weights import Parameters
 
@@ -77,9 +77,17 @@ class Footprint:
 
 
 def footprint(
-    fields: Fields, *, dtype: str = "bfloat16", state_dtype: str = "float32", ring: int = 0
+    fields: Fields,
+    *,
+    dtype: str = "bfloat16",
+    state_dtype: str = "float32",
+    ring: int | None = None,
 ) -> Footprint:
-    """What the model of a config.json takes. Raises ConfigError when it is not served."""
+    """What the model of a config.json takes. Raises ConfigError when it is not served.
+
+    Without a word on the ring, it is that of a run on CUDA.
+    """
+    ring = RING if ring is None else ring
     kind = DTYPES[dtype]
     parameters = Parameters(torch.device("meta"), kind)
     model = build(fields, parameters)

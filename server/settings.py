@@ -63,8 +63,12 @@ class Settings(BaseSettings):
     state_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the states; docs/state-dtype.md says which models bfloat16 suits"
     )
-    ring: int = Field(
-        0, ge=0, le=64, description="tokens that decoding keeps beside a state before it folds them"
+    ring: int | None = Field(
+        None,
+        ge=0,
+        le=64,
+        description="tokens that decoding keeps beside a state before it folds them; default: 16 on"
+        " CUDA, 0 on the CPU, where each is folded at once",
     )
     threads: int | None = Field(
         None,

@@ -23,7 +23,7 @@ def minimax(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_table(minimax: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(minimax), "--gpu", "h200", "--gpus", "8"]) == 0
+    assert main(["plan", str(minimax), "--gpu", "h200", "--gpus", "8", "--ring", "0"]) == 0
     text = capsys.readouterr().out
     for expected in (
         *("MiniMaxForCausalLM, 80 layers, on 8 x h200", "912.2 GB", "114 GB a GPU", "in int8"),
@@ -42,7 +42,8 @@ def test_what_does_not_fit_is_said(minimax: Path, capsys: pytest.CaptureFixture[
 
 
 def test_json_of_one_context(minimax: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--context", "131072", "--concurrency", "3", "--dtype", "bfloat16", "--json"]
+    flags = ["--context", "131072", "--concurrency", "3", "--dtype", "bfloat16"]
+    flags += ["--ring", "0", "--json"]
     assert main(["plan", str(minimax), "--gpus", "8", "--gpu", "141GB", *flags]) == 0
     made = json.loads(capsys.readouterr().out)
     assert made["gpu_bytes"] == 141_000_000_000 and made["fits"] and made["max_running"] == 3
