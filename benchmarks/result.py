@@ -72,8 +72,8 @@ def commit() -> str:
         return "unknown"
 
 
-def write(bench: str, rows: list[Row], **measured: Any) -> Path:
-    """Write results/<bench>-<card>.json and print the rows."""
+def write(bench: str, rows: list[Row], *, name: str | None = None, **measured: Any) -> Path:
+    """Write results/<name>-<card>.json, by default the bench's name, and print the rows."""
     versions = {"python": platform.python_version()}
     for package in ("torch", "triton", "transformers"):
         try:
@@ -84,7 +84,7 @@ def write(bench: str, rows: list[Row], **measured: Any) -> Path:
 
     gpu = device_name()
     card = card_name(gpu) if torch.cuda.is_available() else "cpu"
-    path = RESULTS / f"{bench}-{card}.json"
+    path = RESULTS / f"{name or bench}-{card}.json"
     arguments = " ".join(map(shlex.quote, sys.argv[1:]))
     content = {
         "command": f"python -m benchmarks.{bench} {arguments}".strip(),

@@ -62,6 +62,7 @@ class ModelRunner:
         most = -(-(capacity.max_model_len or 0) // BLOCK_SIZE) if capacity.blocks else 0
         self.sequences = Sequences(store.slots.count, most, store.device)
         self.graphs: DecodeGraphs | None = None
+        self.parameters: Parameters | None = None
 
     def step(self, chunks: list[Chunk]) -> list[Sampled | None]:
         """Launch a step and collect it."""
@@ -210,9 +211,11 @@ def load_runner(
     max_step_tokens: int | None = None,
     state_dtype: str = "float32",
     ring: int | None = None,
+    seed: int | None = None,
 ) -> ModelRunner:
     """Load the checkpoint in `path` and make it ready to serve.
 
+    With a seed its weights are not read but drawn: config.json is all that has to be there.
     state_dtype and ring are of the lightning layers' memory: see model.lightning.Memory. Without a
     word on the ring, decoding keeps RING tokens on CUDA and none elsewhere.
     Raises ConfigError or WeightsError naming what is wrong with the checkpoint or the bounds.
@@ -231,8 +234,12 @@ def load_runner(
         fields = Fields.read(path)
         parameters = Parameters(where, kind)
         model = build(fields, parameters)
-        parameters.fill(path, ignore=model.ignored)
-        name = fingerprint(path)
+        if seed is None:
+            parameters.fill(path, ignore=model.ignored)
+            name = fingerprint(path)
+        else:
+            parameters.randomize(seed)
+            name = f"random-{seed}"
 
     with _phase(seconds, "memory"):
         slot_fields = model.slot_fields(Memory(DTYPES[state_dtype], ring, kind))
@@ -267,6 +274,7 @@ def load_runner(
         fingerprint=name,
     )
     runner = ModelRunner(model, store, capacity, max_step_tokens=step_tokens, seconds=seconds)
+    runner.parameters = parameters
     with _phase(seconds, "warm_up"):
         runner.warm_up(min(step_tokens, length or step_tokens))
         store.slots.poison()

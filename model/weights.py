@@ -75,6 +75,18 @@ class Parameters:
         self.linear.append(parameter)
         return parameter
 
+    @torch.no_grad()
+    def randomize(self, seed: int) -> None:
+        """Fill every place with numbers made on the device: vectors with ones, matrices with normal
+        numbers that keep the size of what they multiply."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        for place in self.places.values():
+            if place.ndim < 2:
+                place.fill_(1.0)
+            else:
+                drawn = torch.randn(place.shape, generator=generator, device=self.device)
+                place.copy_(drawn.mul_(place.shape[-1] ** -0.5))
+
     def fill(self, directory: Path, *, ignore: re.Pattern[str]) -> None:
         """Copy every tensor of the checkpoint to its place, shard by shard.
 
