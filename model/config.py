@@ -40,6 +40,18 @@ class Fields:
             raise self.fail(name, f"an integer >= {least}")
         return value
 
+    def optional_integer(self, name: str, *, least: int = 1) -> int | None:
+        """An integer of at least `least`, or None where the field is null or not there."""
+        return None if self.values.get(name) is None else self.integer(name, least=least)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false; null is the default."""
+        value = self.values.get(name)
+        value = default if value is None else value
+        if type(value) is not bool:
+            raise self.fail(name, "true or false")
+        return value
+
     def number(self, name: str, default: float | None = None) -> float:
         """A number."""
         value = self.values.get(name, default)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections.abc import Iterator
@@ -116,6 +117,7 @@ class ModelRunner:
         """Any step."""
         batch = Batch.pack(chunks, self.sequences)
         logits = self.model.forward(batch, self.store)
+        logits[:, self.model.drawable :] = -math.inf  # before probabilities: padding has none
         asking = [chunk for chunk in chunks if chunk.sampling is not None]
         if not asking:
             return None

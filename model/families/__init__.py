@@ -23,7 +23,14 @@ class Family(Protocol):
     def ignored(self) -> re.Pattern[str]: ...
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        ...
+
+    @property
+    def drawable(self) -> int:
+        """Ids from here on are padding of the vocabulary: never sampled, of probability zero."""
+        ...
 
     @property
     def max_positions(self) -> int | None: ...
@@ -37,6 +44,8 @@ class Family(Protocol):
 
 FAMILIES: dict[str, Callable[[Fields, Parameters], Family]] = {
     "MiniMaxForCausalLM": MiniMax,
+    "MiniMaxText01ForCausalLM": MiniMax,
+    "MiniMaxM1ForCausalLM": MiniMax,
 }
 
 
