@@ -50,9 +50,9 @@ class Parameters:
         self.tensors.append(parameter)
         return parameter
 
-    def tensor(self, name: str, *shape: int) -> torch.Tensor:
-        """A parameter that one checkpoint tensor fills."""
-        parameter = self.empty(*shape)
+    def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A parameter that one checkpoint tensor fills, in the model's dtype or in another."""
+        parameter = torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
         self.places[name] = parameter
         return parameter
 

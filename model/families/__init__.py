@@ -11,6 +11,7 @@ import torch
 from model.batch import Batch
 from model.config import ConfigError, Fields
 from model.families.minimax import MiniMax
+from model.families.transnormer import TransNormer
 from model.lightning import Memory
 from model.store import Field, Store
 from model.weights import Parameters
@@ -46,6 +47,7 @@ FAMILIES: dict[str, Callable[[Fields, Parameters], Family]] = {
     "MiniMaxForCausalLM": MiniMax,
     "MiniMaxText01ForCausalLM": MiniMax,
     "MiniMaxM1ForCausalLM": MiniMax,
+    "TransnormerForCausalLM": TransNormer,
 }
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tests.model.checkpoints import minimax, native
+from tests.model.checkpoints import minimax, native, transnormer
 from tests.model.checkpoints.formulas import Oracle
 
 L, S = native.LIGHTNING, native.SOFTMAX
@@ -32,4 +32,13 @@ KINDS: dict[str, Write] = {
     "minimax-m1-six-heads": partial(
         minimax.write, num_attention_heads=6, num_key_value_heads=3, rotary_dim=12, **minimax.M1
     ),
+    "transnormer": transnormer.write,
+    "transnormer-five-heads-wide": partial(
+        transnormer.write,
+        decoder_attention_heads=5,
+        hidden_dim=80,
+        no_scale_embedding=True,
+        linear_use_lrpe_list=[1, 0, 1],
+    ),
+    "transnormer-ring": partial(transnormer.write, tie_word_embeddings=False),
 }
