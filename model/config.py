@@ -29,6 +29,10 @@ class Fields:
             raise ConfigError(f"{path} holds a {type(values).__name__}, an object is due")
         return cls(values, str(path))
 
+    def but(self, **values: Any) -> Fields:
+        """The same with other values in some fields."""
+        return Fields(self.values | values, f"{self.source} and settings")
+
     def fail(self, name: str, due: str) -> ConfigError:
         """The complaint that field `name` is not what is due."""
         return ConfigError(f"{self.source}: {name} is {self.values.get(name)!r}, {due} is due")
@@ -63,6 +67,11 @@ class Fields:
         """The field, where it is there, must have one of the values that are implemented."""
         if name in self.values and self.values[name] not in allowed:
             raise self.fail(name, " or ".join(map(repr, allowed)))
+
+    def without(self, name: str, why: str) -> None:
+        """The field must not be there."""
+        if name in self.values:
+            raise ConfigError(f"{self.source}: {name} is {self.values[name]!r}, but {why}")
 
     @property
     def architecture(self) -> str:

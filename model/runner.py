@@ -213,13 +213,15 @@ def load_runner(
     max_step_tokens: int | None = None,
     state_dtype: str = "float32",
     ring: int | None = None,
+    decay_layer_factor: str = "auto",
     seed: int | None = None,
 ) -> ModelRunner:
     """Load the checkpoint in `path` and make it ready to serve.
 
     With a seed its weights are not read but drawn: config.json is all that has to be there.
     state_dtype and ring are of the lightning layers' memory: see model.lightning.Memory. Without a
-    word on the ring, decoding keeps RING tokens on CUDA and none elsewhere.
+    word on the ring, decoding keeps RING tokens on CUDA and none elsewhere. decay_layer_factor
+    stands in for the field of that name in config.json: see docs/decay.md.
     Raises ConfigError or WeightsError naming what is wrong with the checkpoint or the bounds.
     """
     seconds: dict[str, float] = {}
@@ -234,11 +236,13 @@ def load_runner(
 
     with _phase(seconds, "load"):
         fields = Fields.read(path)
+        if decay_layer_factor != "auto":
+            fields = fields.but(decay_layer_factor=decay_layer_factor)
         parameters = Parameters(where, kind)
         model = build(fields, parameters)
         if seed is None:
             parameters.fill(path, ignore=model.ignored)
-            name = fingerprint(path)
+            name = fingerprint(path, decay_layer_factor)
         else:
             parameters.randomize(seed)
             name = f"random-{seed}"

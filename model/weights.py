@@ -171,12 +171,14 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def fingerprint(directory: Path) -> str:
-    """SHA-256 over config.json and each weight file's size, header and evenly spaced samples.
+def fingerprint(directory: Path, *settings: str) -> str:
+    """SHA-256 over config.json, settings that change what it says, and each weight file's size,
+    header and evenly spaced samples.
 
     Names a checkpoint, so that states are never restored into another model.
     """
     digest = hashlib.sha256((directory / "config.json").read_bytes())
+    digest.update("\0".join(settings).encode())
     for path in weight_files(directory):
         digest.update(path.name.encode())
         for block in _samples(path):

@@ -70,6 +70,11 @@ class Settings(BaseSettings):
         description="tokens that decoding keeps beside a state before it folds them; default: 16 on"
         " CUDA, 0 on the CPU, where each is folded at once",
     )
+    decay_layer_factor: Literal["auto", "sglang", "hf", "mlx"] = Field(
+        "auto",
+        description="of Ring-linear's decay, where published code disagrees: docs/decay.md; "
+        "auto: what config.json says, else sglang",
+    )
     threads: int | None = Field(
         None,
         ge=1,

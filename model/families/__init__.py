@@ -10,6 +10,7 @@ import torch
 
 from model.batch import Batch
 from model.config import ConfigError, Fields
+from model.families.bailing import Bailing
 from model.families.minimax import MiniMax
 from model.families.transnormer import TransNormer
 from model.lightning import Memory
@@ -48,6 +49,7 @@ FAMILIES: dict[str, Callable[[Fields, Parameters], Family]] = {
     "MiniMaxText01ForCausalLM": MiniMax,
     "MiniMaxM1ForCausalLM": MiniMax,
     "TransnormerForCausalLM": TransNormer,
+    "BailingMoeLinearV2ForCausalLM": Bailing,
 }
 
 

@@ -49,6 +49,7 @@ class Layout:
     residual: dict[str, str]
     slopes: Callable[[int], torch.Tensor]
     factor: Callable[[int, int], float]
+    router: torch.dtype | None  # None: that of the model
 
 
 ORIGINAL = Layout(
@@ -62,6 +63,7 @@ ORIGINAL = Layout(
     },
     slopes=alibi_slopes,
     factor=layer_factor,
+    router=torch.float32,  # as the releases store it, among bfloat16
 )
 TRANSFORMERS = Layout(
     kinds="layer_types",
@@ -75,6 +77,7 @@ TRANSFORMERS = Layout(
     slopes=geometric_slopes,
     # in the last layer, the one that forgets slowest, 1.33 times the authors' at 4 layers
     factor=lambda index, count: 1 - index / (count - 1 + 1e-5) + 1e-5,
+    router=None,
 )
 LAYOUTS = {
     "MiniMaxText01ForCausalLM": ORIGINAL,
@@ -112,6 +115,7 @@ class MiniMaxConfig:
         fields.only("hidden_act", "silu")
         fields.only("attention_dropout", 0, 0.0, None)
         fields.only("quantization_config", None)
+        fields.without("decay_layer_factor", "only one is published for this architecture")
         fields.only("postnorm", True)
         fields.only("shared_intermediate_size", 0, None)
         fields.only("rope_scaling", None)
@@ -240,7 +244,8 @@ class Routed:
     def __init__(self, config: MiniMaxConfig, index: int, parameters: Parameters) -> None:
         prefix = f"model.layers.{index}.block_sparse_moe"
         self.top = config.experts_per_token
-        self.router = parameters.tensor(f"{prefix}.gate.weight", config.experts, config.hidden)
+        shape = config.experts, config.hidden
+        self.router = parameters.tensor(f"{prefix}.gate.weight", *shape, dtype=config.layout.router)
         self.experts = Experts(
             parameters,
             f"{prefix}.experts",
@@ -253,7 +258,8 @@ class Routed:
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
         if len(self.router) == 1:
             return self.experts(h, None, None)
-        return self.experts(h, *softmax_route(F.linear(h, self.router), self.top))
+        logits = F.linear(h.to(self.router.dtype), self.router)
+        return self.experts(h, *softmax_route(logits, self.top))
 
 
 class MiniMax:

@@ -51,6 +51,7 @@ class TransNormerConfig:
         fields.only("bias", False)
         fields.only("gate_dim", None)
         fields.only("quantization_config", None)
+        fields.without("decay_layer_factor", "only one is published for this architecture")
         dim = fields.integer("decoder_embed_dim")
         hidden = fields.integer("hidden_dim")
         heads = fields.integer("decoder_attention_heads")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tests.model.checkpoints import minimax, native, transnormer
+from tests.model.checkpoints import bailing, minimax, native, transnormer
 from tests.model.checkpoints.formulas import Oracle
 
 L, S = native.LIGHTNING, native.SOFTMAX
@@ -41,4 +41,23 @@ KINDS: dict[str, Write] = {
         linear_use_lrpe_list=[1, 0, 1],
     ),
     "transnormer-ring": partial(transnormer.write, tie_word_embeddings=False),
+    "ring-linear": bailing.write,
+    "ring-linear-hf-decay": partial(
+        bailing.write, decay_layer_factor="hf", first_k_dense_replace=0
+    ),
+    "ring-linear-six-heads-ring": partial(
+        bailing.write,
+        decay_layer_factor="mlx",
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        group_norm_size=3,
+        num_hidden_layers=4,
+        layer_group_size=3,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=1,
+        num_shared_experts=0,
+        partial_rotary_factor=1.0,
+        tie_word_embeddings=True,
+    ),
 }
