@@ -164,7 +164,9 @@ def weight_files(directory: Path) -> list[Path]:
     else:
         files = sorted(directory.glob("*.safetensors"))
     if not files:
-        raise WeightsError(f"{directory}: no *.safetensors file")
+        pickles = any(directory.glob("pytorch_model*.bin"))
+        hint = "; `steadystate convert` makes them of the pickles there" if pickles else ""
+        raise WeightsError(f"{directory}: no *.safetensors file{hint}")
     for path in files:
         if not path.is_file():
             raise WeightsError(f"{directory}: {path.name} is named in the index and is not there")
