@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.decay import compare
 from model.config import ConfigError
 from model.experts import grouped_sigmoid_route
 from model.families.bailing import Bailing, LightningMixer
@@ -82,6 +83,18 @@ def test_the_decay_is_a_setting(tmp_path: Path) -> None:
     default = logits_of(runner, [Sequence(runner, ids, 0).chunk(60)])[0]
     torch.testing.assert_close(default, logits["sglang"])
     assert runner.capacity.fingerprint != load(plain, decay_layer_factor="hf").capacity.fingerprint
+
+
+def test_the_decays_can_be_compared_on_a_text(tmp_path: Path) -> None:
+    ids, last = prompt(70), 20
+    bailing.write(tmp_path / "model")
+    got = compare(tmp_path / "model", ids, last, state_memory_gb=0.02, max_step_tokens=32)
+    for name in bailing.VARIANTS:
+        oracle = bailing.write(tmp_path / name, decay_layer_factor=name)
+        rows = oracle(ids)[-last - 1 : -1].log_softmax(-1)
+        want = rows.gather(1, torch.tensor(ids[-last:])[:, None]).mean()
+        assert got[name] == pytest.approx(float(want), abs=1e-4)
+    assert len(set(got.values())) == 3
 
 
 def test_slopes_of_the_published_variants(tmp_path: Path) -> None:
