@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from model.progress import Progress
 from model.weights import WeightsError, weight_files
 
 INDEX = "pytorch_model.bin.index.json"
@@ -30,16 +31,19 @@ def convert_weights(source: Path, target: Path) -> list[str]:
         return _copy(source, target)
     written: dict[str, str] = {}  # tensor -> file
     size = 0
-    for path in pickles:
-        tensors = _load(path)
-        twice = next((name for name in tensors if name in written), None)
-        if twice is not None:
-            raise WeightsError(f"{path}: {twice} is in {written[twice]} too")
-        # pytorch_model-00001-of-00002.bin, model-00001-of-00002.safetensors
-        name = f"{path.stem.removeprefix('pytorch_')}.safetensors"
-        save_file(tensors, target / name, metadata={"format": "pt"})
-        written |= dict.fromkeys(tensors, name)
-        size += sum(tensor.nbytes for tensor in tensors.values())
+    total = sum(path.stat().st_size for path in pickles)
+    with Progress(desc="weights", total=total, unit="B", unit_scale=True) as progress:
+        for path in pickles:
+            tensors = _load(path)
+            twice = next((name for name in tensors if name in written), None)
+            if twice is not None:
+                raise WeightsError(f"{path}: {twice} is in {written[twice]} too")
+            # pytorch_model-00001-of-00002.bin, model-00001-of-00002.safetensors
+            name = f"{path.stem.removeprefix('pytorch_')}.safetensors"
+            save_file(tensors, target / name, metadata={"format": "pt"})
+            written |= dict.fromkeys(tensors, name)
+            size += sum(tensor.nbytes for tensor in tensors.values())
+            progress.update(path.stat().st_size)
     files = sorted(set(written.values()))
     if files != ["model.safetensors"]:
         index = {"metadata": {"total_size": size}, "weight_map": written}

@@ -89,7 +89,7 @@ class Dense:
         """Tensors `prefix`.`name`.weight, names being those of gate, up and down."""
         gate, up, down = (f"{prefix}.{name}.weight" for name in names)
         self.gate_up = parameters.rows([(gate, width), (up, width)], hidden)
-        self.down = parameters.tensor(down, hidden, width)
+        self.down = parameters.matrix(down, hidden, width)
 
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
         """h [T, D] -> [T, D]."""

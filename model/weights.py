@@ -44,15 +44,16 @@ class Parameters:
         self.tensors: list[torch.Tensor] = []
         self.linear: list[torch.Tensor] = []
 
-    def empty(self, *shape: int) -> torch.Tensor:
-        """A parameter whose parts the caller enters in `places`."""
-        parameter = torch.empty(shape, device=self.device, dtype=self.dtype)
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A parameter, of the model's dtype or another, whose parts the caller enters in
+        `places`."""
+        parameter = torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
         self.tensors.append(parameter)
         return parameter
 
     def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A parameter that one checkpoint tensor fills, in the model's dtype or in another."""
-        parameter = torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
+        """A parameter that one checkpoint tensor fills."""
+        parameter = self.empty(*shape, dtype=dtype)
         self.places[name] = parameter
         return parameter
 

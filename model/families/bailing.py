@@ -165,7 +165,7 @@ class LightningMixer:
         )
         self.query_key_norm = QueryKeyNorm(config, prefix, parameters)
         self.norm = parameters.tensor(f"{prefix}.g_norm.weight", width)
-        self.out = parameters.tensor(f"{prefix}.dense.weight", config.hidden, width)
+        self.out = parameters.matrix(f"{prefix}.dense.weight", config.hidden, width)
         factor = LAYER_FACTORS[config.layer_factor](index, len(config.softmax))
         slopes = alibi_slopes(self.heads) * factor
         slopes = slopes.to(device=parameters.device, dtype=torch.float32)
@@ -187,10 +187,10 @@ class SoftmaxMixer:
         prefix = f"model.layers.{index}.attention"
         self.heads, self.kv_heads, self.dim = config.heads, config.kv_heads, config.head_dim
         rows = (self.heads + 2 * self.kv_heads) * self.dim
-        self.qkv = parameters.tensor(f"{prefix}.query_key_value.weight", rows, config.hidden)
+        self.qkv = parameters.matrix(f"{prefix}.query_key_value.weight", rows, config.hidden)
         self.query_key_norm = QueryKeyNorm(config, prefix, parameters)
         width = self.heads * self.dim
-        self.out = parameters.tensor(f"{prefix}.dense.weight", config.hidden, width)
+        self.out = parameters.matrix(f"{prefix}.dense.weight", config.hidden, width)
         self.softmax = Softmax(index, self.dim**-0.5)
 
     def __call__(self, h: torch.Tensor, step: Step) -> torch.Tensor:

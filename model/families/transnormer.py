@@ -89,8 +89,8 @@ class LightningMixer:
     def __init__(self, config: TransNormerConfig, index: int, parameters: Parameters) -> None:
         prefix = f"model.layers.{index}.token_mixer"
         self.heads, self.dim, self.width = config.heads, config.head_dim, config.hidden
-        self.qkvu = parameters.tensor(f"{prefix}.qkvu_proj.weight", 4 * self.width, config.dim)
-        self.out = parameters.tensor(f"{prefix}.out_proj.weight", config.dim, self.width)
+        self.qkvu = parameters.matrix(f"{prefix}.qkvu_proj.weight", 4 * self.width, config.dim)
+        self.out = parameters.matrix(f"{prefix}.out_proj.weight", config.dim, self.width)
         self.theta = None
         if config.lrpe[index]:  # angles: rounded to 16 bits they would be others after some tokens
             self.theta = parameters.tensor(
@@ -119,7 +119,7 @@ class GatedUnit:
         prefix = f"model.layers.{index}.channel_mixer"
         names = [(f"{prefix}.l1.weight", config.glu), (f"{prefix}.l2.weight", config.glu)]
         self.both = parameters.rows(names, config.dim)
-        self.out = parameters.tensor(f"{prefix}.l3.weight", config.dim, config.glu)
+        self.out = parameters.matrix(f"{prefix}.l3.weight", config.dim, config.glu)
 
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
         one, two = F.linear(h, self.both).chunk(2, dim=1)

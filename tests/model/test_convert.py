@@ -72,7 +72,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, made: Path, how: str
     path = tmp_path / "pytorch_model.bin"
     harm = {"a": BIG, "b": Harm()}
     if how == "plain":
-        path.write_bytes(pickle.dumps(harm))
+        path.write_bytes(pickle.dumps(harm, protocol=2))
     else:
         torch.save(harm, path, _use_new_zipfile_serialization=how == "zip")
     with pytest.raises(WeightsError, match=r"pytorch_model\.bin does not load safely"):

@@ -14,8 +14,7 @@ from model.chunk import Chunk, Sampling
 from model.config import ConfigError
 from model.families.minimax import LightningMixer, MiniMax
 from model.weights import WeightsError
-from tests.model.checkpoints import ONE_EXPERT, minimax
-from tests.model.checkpoints.native import LIGHTNING, write
+from tests.model.checkpoints import LIGHTNING, ONE_EXPERT, minimax, write
 from tests.model.harness import Sequence, load, logits_of, prompt
 
 DENSE = {"layer_types": [LIGHTNING] * 4, **ONE_EXPERT}

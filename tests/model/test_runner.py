@@ -13,7 +13,7 @@ from model.config import ConfigError
 from model.runner import BLOCK_SIZE, ModelRunner, divide, load_runner, longest
 from model.store import Field, Rows
 from model.weights import WeightsError, fingerprint
-from tests.model.checkpoints.native import LIGHTNING, write
+from tests.model.checkpoints import LIGHTNING, write
 
 CPU = torch.device("cpu")
 DENSE = {"layer_types": [LIGHTNING] * 4, "num_local_experts": 1, "num_experts_per_tok": 1}

@@ -115,3 +115,14 @@ def test_weights_take_the_bytes_that_the_release_counts() -> None:
     made = Parameters(torch.device("meta"), torch.bfloat16)
     build(Fields(TEXT_01), made)
     assert sum(p.numel() * p.itemsize for p in made.places.values()) == 912_210_767_872
+
+
+@pytest.mark.parametrize("config", [TEXT_01, RING_MINI, transnormer_of(1024, 24, 8, 2816)])
+def test_all_but_few_weights_may_be_quantised(config: dict[str, Any]) -> None:
+    """Linear layers and experts; not embedding, head, norms, router, its bias, and angles."""
+    made = Parameters(torch.device("meta"), torch.bfloat16)
+    build(Fields(config), made)
+    kept = ("embed", "lm_head", "norm", ".gate.", "theta")
+    linear = {id(tensor.untyped_storage()) for tensor in made.linear}
+    for name, place in made.places.items():
+        assert (id(place.untyped_storage()) in linear) != any(part in name for part in kept), name

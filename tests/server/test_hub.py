@@ -64,9 +64,7 @@ def plant_code(path: Path, sentinel: Path) -> None:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint in shards, with a tokenizer, and with code that must not run."""
     path = write_checkpoint(tmp_path_factory.mktemp("hub") / "tiny")
-    oracle = write(path, vocab_size=VOCAB)
-    (path / "model.safetensors").unlink()
-    oracle.save_pretrained(path, max_shard_size="200KB")
+    write(path, vocab_size=VOCAB, max_shard_size="200KB")
     (path / "generation_config.json").write_text('{"do_sample": false, "eos_token_id": 256}')
     plant_code(path, path.parent / "sentinel")
     return path

@@ -1,7 +1,7 @@
 """Tiny random checkpoints of every family in its released layout, each with an oracle.
 
 An oracle gives the logits [T, V] of every position: transformers where it is right, else a plain
-forward pass in float64, token by token.
+forward pass in float64, token by token. Tests that need any checkpoint take `write`.
 """
 
 from __future__ import annotations
@@ -10,23 +10,26 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tests.model.checkpoints import bailing, minimax, native, transnormer
+from tests.model.checkpoints import bailing, minimax, transnormer
 from tests.model.checkpoints.formulas import Oracle
+from tests.model.checkpoints.native import LIGHTNING, SOFTMAX, write
 
-L, S = native.LIGHTNING, native.SOFTMAX
+__all__ = ("KINDS", "LIGHTNING", "ONE_EXPERT", "SOFTMAX", "write")
+
+L, S = LIGHTNING, SOFTMAX
 ONE_EXPERT = {"num_local_experts": 1, "num_experts_per_tok": 1}
 Write = Callable[[Path], Oracle]
 KINDS: dict[str, Write] = {
     # transformers turns the whole head: rotary_dim is left out
-    "native-dense-lightning": partial(native.write, layer_types=[L] * 4, **ONE_EXPERT),
-    "native-lightning": partial(native.write, layer_types=[L] * 4),
-    "native-hybrid": native.write,
-    "native-softmax-first": partial(native.write, layer_types=[S, L, L, S]),
-    "native-windowed": partial(native.write, sliding_window=24, **ONE_EXPERT),
-    "native-ring": partial(native.write, layer_types=[L, S, L, L]),
-    "native-tied": partial(native.write, tie_word_embeddings=True),
+    "native-dense-lightning": partial(write, layer_types=[L] * 4, **ONE_EXPERT),
+    "native-lightning": partial(write, layer_types=[L] * 4),
+    "native-hybrid": write,
+    "native-softmax-first": partial(write, layer_types=[S, L, L, S]),
+    "native-windowed": partial(write, sliding_window=24, **ONE_EXPERT),
+    "native-ring": partial(write, layer_types=[L, S, L, L]),
+    "native-tied": partial(write, tie_word_embeddings=True),
     "native-six-heads": partial(
-        native.write, hidden_size=96, num_attention_heads=6, num_key_value_heads=3
+        write, hidden_size=96, num_attention_heads=6, num_key_value_heads=3
     ),
     "minimax-text-01": minimax.write,
     "minimax-m1-six-heads": partial(

@@ -41,7 +41,7 @@ def tiny_config(**changes: Any) -> MiniMaxConfig:
     return MiniMaxConfig(**(values | changes))
 
 
-def write(directory: Path, *, seed: int = 0, **changes: Any) -> Oracle:
+def write(directory: Path, *, seed: int = 0, max_shard_size: str = "5GB", **changes: Any) -> Oracle:
     """Write a checkpoint and return what it should say."""
     torch.manual_seed(seed)
     oracle = MiniMaxForCausalLM(tiny_config(**changes)).eval().float()
@@ -51,7 +51,7 @@ def write(directory: Path, *, seed: int = 0, **changes: Any) -> Oracle:
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(0, parameter.shape[-1] ** -0.5)
-    oracle.save_pretrained(directory)
+    oracle.save_pretrained(directory, max_shard_size=max_shard_size)
     return lambda ids: _logits(oracle, ids)
 
 
