@@ -52,7 +52,9 @@ def _rmsnorm_gate_kernel(
     b_y = b_o / tl.sqrt(tl.sum(b_o * b_o) / WIDTH + eps)  # [BLOCK]
     if HAS_WEIGHT:
         b_y *= tl.load(weight_ptr + o_d, mask=m_w, other=0.0).to(tl.float32)
-    b_y *= tl.sigmoid(b_g) if SIGMOID else b_g
+    if SIGMOID:
+        b_g = tl.sigmoid(b_g)
+    b_y *= b_g
     tl.store(y_ptr + i_row * D + o_d, b_y.to(y_ptr.dtype.element_ty), mask=m_w)
 
 

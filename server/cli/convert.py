@@ -9,12 +9,17 @@ Exit codes: 0; 1 when the source does not load safely or misses something.
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from server.cli.flags import add_flags, settings_of
+from server.settings import Settings
+
+SETTINGS = "revision", "hub_token", "hub_cache", "hub_offline"
 COPIED = (
     *("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -31,18 +36,34 @@ def add_parser(commands: Any) -> None:
         "(pytorch_model*.bin) or whose tokenizer is SentencePiece (tokenizer.model). No code of "
         "the release is run, and a pickle that holds more than tensors is refused.",
     )
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="directory of the release")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="directory of the release, or its id on the hub"
+    )
     parser.add_argument("target", metavar="TARGET", type=Path, help="directory to make")
-    parser.set_defaults(run=lambda arguments: run(arguments.source, arguments.target))
+    add_flags(parser, SETTINGS)
+    parser.set_defaults(run=lambda arguments: _command(parser, arguments))
 
 
-def run(source: Path, target: Path) -> int:
+def _command(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    try:
+        settings = settings_of(arguments, model=arguments.source)
+    except ValueError as error:
+        parser.error(str(error))
+    return run(settings, arguments.target)
+
+
+def run(settings: Settings, target: Path) -> int:
     """Convert, and return the exit code. The target appears when it is complete, or not at all."""
     try:
-        if not (source / "config.json").is_file():
-            raise ValueError(f"SOURCE: no config.json in {str(source)!r}")
+        source = settings.model_path
         if target.exists():
             raise ValueError(f"TARGET: {str(target)!r} is there already")
+        if settings.hub_id is not None:
+            from server.hub import Repository
+
+            source = Repository(settings).checkpoint(pickles=True)
+        if not (source / "config.json").is_file():
+            raise ValueError(f"SOURCE: no config.json in {str(source)!r}")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".convert-") as scratch:
             made = Path(scratch) / "made"

@@ -15,6 +15,8 @@ from model.experts import grouped_sigmoid_route
 from model.families.bailing import Bailing, LightningMixer
 from model.runner import ModelRunner
 from model.weights import fingerprint
+from server.engine.__main__ import load as engine_load
+from server.settings import Settings
 from tests.model.checkpoints import bailing, minimax, transnormer
 from tests.model.harness import Sequence, load, logits_of, prompt
 
@@ -83,6 +85,14 @@ def test_the_decay_is_a_setting(tmp_path: Path) -> None:
     default = logits_of(runner, [Sequence(runner, ids, 0).chunk(60)])[0]
     torch.testing.assert_close(default, logits["sglang"])
     assert runner.capacity.fingerprint != load(plain, decay_layer_factor="hf").capacity.fingerprint
+
+
+def test_the_flag_reaches_the_model(tmp_path: Path) -> None:
+    bailing.write(tmp_path)
+    settings = Settings(model=str(tmp_path), decay_layer_factor="hf", device="cpu", max_running=1)
+    runner = engine_load(settings)
+    assert isinstance(runner, ModelRunner)
+    assert model_of(runner).config.layer_factor == "hf"
 
 
 def test_the_decays_can_be_compared_on_a_text(tmp_path: Path) -> None:
