@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from model.batch import Batch
 from model.chunk import Chunk, Sampling
+from model.families import logits_of
 from model.families.bailing import LAYER_FACTORS
 from model.runner import ModelRunner, load_runner
 
@@ -32,7 +33,9 @@ def mean_logprob(runner: ModelRunner, ids: list[int], last: int) -> float:
         chunk = Chunk(
             tokens=ids[start:stop], start=start, slot=0, blocks=blocks, sampling=Sampling()
         )
-        logits = runner.model.forward(Batch.pack([chunk], runner.store.device), runner.store)
+        runner.sequences.keep([chunk])
+        batch = Batch.pack([chunk], runner.sequences)
+        logits = logits_of(runner.model, batch, runner.store)
         if stop >= read:
             total += float(logits[0].log_softmax(-1)[ids[stop]])
         start = stop

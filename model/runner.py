@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import torch
 from model.batch import Batch
 from model.chunk import Capacity, Chunk, Copy, OutOfDeviceMemory, Sampled, Sampling
 from model.config import ConfigError, Fields
-from model.families import Family, build
+from model.families import Family, build, logits_of
 from model.graphs import DecodeGraphs
 from model.lightning import Memory
 from model.sampling import Seen, plain, read, sample
@@ -116,8 +115,7 @@ class ModelRunner:
     def _run(self, chunks: list[Chunk]) -> torch.Tensor | None:
         """Any step."""
         batch = Batch.pack(chunks, self.sequences)
-        logits = self.model.forward(batch, self.store)
-        logits[:, self.model.drawable :] = -math.inf  # before probabilities: padding has none
+        logits = logits_of(self.model, batch, self.store)
         asking = [chunk for chunk in chunks if chunk.sampling is not None]
         if not asking:
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Protocol
@@ -62,3 +63,11 @@ def build(fields: Fields, parameters: Parameters) -> Family:
             f"served are {', '.join(FAMILIES)}"
         )
     return family(fields, parameters)
+
+
+def logits_of(model: Family, batch: Batch, store: Store) -> torch.Tensor:
+    """The model's forward, with -inf for ids that no token stands behind: drawing and
+    log-probabilities alike know of tokens alone."""
+    logits = model.forward(batch, store)
+    logits[:, model.drawable :] = -math.inf
+    return logits

@@ -181,5 +181,11 @@ def test_ids_that_pad_the_vocabulary_are_never_sampled(tmp_path: Path) -> None:
             assert drawn.logprob is not None and drawn.logprob > -40
             assert all(token < known for token, _ in drawn.top)
             assert drawn.top[0][1] > -14  # shares of what is left
+        # one token of each and nothing but a temperature: a graph where there are graphs
+        plain = [
+            Chunk(tokens=[3], start=2, slot=i, sampling=Sampling(temperature=i, seed=seed))
+            for i in range(3)
+        ]
+        assert all(drawn and 0 <= drawn.token < known for drawn in runner.step(plain))
     raw = logits_of(runner, [Sequence(runner, [0, 2], 0).chunk(2)])[0]
     assert int(raw.argmax()) >= known, "the rows beyond would have won"
