@@ -176,6 +176,17 @@ class ModelRunner:
         pages = int(Path("/proc/self/statm").read_text().split()[1]) if _PROC.exists() else 0
         return pages * resource.getpagesize()
 
+    def device_room(self) -> tuple[int, int]:
+        """Bytes free and in all, whoever holds the rest; on the CPU, of the host's memory."""
+        if self.store.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.store.device)
+            return free, total
+        if not _MEMORY.exists():
+            return 0, 0
+        lines = (line.split() for line in _MEMORY.read_text().splitlines())
+        sizes = {words[0]: int(words[1]) * 1024 for words in lines}  # in kB
+        return sizes["MemAvailable:"], sizes["MemTotal:"]
+
     def warm_up(self, tokens: int) -> None:
         """Run every kind of step once, so that no kernel compiles under a request.
 
@@ -196,6 +207,7 @@ class ModelRunner:
 
 
 _PROC = Path("/proc/self/statm")
+_MEMORY = Path("/proc/meminfo")
 
 
 def load_runner(

@@ -76,6 +76,8 @@ class Stats(msgspec.Struct, kw_only=True):
     step_tokens: int = 0
     preemptions: int = 0  # since the engine started
     device_memory: int = 0
+    device_free: int = 0
+    device_total: int = 0
 
 
 class Step(msgspec.Struct, tag=True, kw_only=True):

@@ -224,9 +224,7 @@ class EngineClient:
         ]
         stdin = self._process.stdin
         assert stdin is not None
-        nothing = {"api_key": (), "hub_token": None}  # the engine needs to know no secret
-        keyless = settings.model_copy(update=nothing)
-        stdin.write(keyless.model_dump_json().encode())
+        stdin.write(settings.keyless.model_dump_json().encode())  # it needs to know no secret
         stdin.close()  # after what was written
 
     def _clean_up(self) -> None:
