@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from deploy.dashboard import FILE as DASHBOARD
 from server.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +75,43 @@ def test_made_files_are_what_their_makers_make(maker: str) -> None:
     command = [sys.executable, "-m", f"deploy.{maker}", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_grafana_finds_its_source_and_its_dashboard() -> None:
+    """And its panels lie side by side, none on another."""
+    provisioning = ROOT / "deploy" / "grafana" / "provisioning"
+    text = (provisioning / "datasources" / "prometheus.yml").read_text()
+    (source,) = yaml.safe_load(text)["datasources"]
+    (provider,) = yaml.safe_load((provisioning / "dashboards" / "steadystate.yml").read_text())[
+        "providers"
+    ]
+    grafana = compose()["services"]["grafana"]
+    mounts = dict(volume.split(":")[:2][::-1] for volume in grafana["volumes"])
+    assert mounts[provider["options"]["path"]] == "./deploy/grafana/dashboards"
+    home = Path(grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
+    assert home.parent == Path(provider["options"]["path"]) and home.name == DASHBOARD.name
+    host, port = source["url"].removeprefix("http://").split(":")
+    assert host in compose()["services"] and port == "9090"
+
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    assert [panel["id"] for panel in panels] == list(range(1, len(panels) + 1))
+    cells: set[tuple[int, int]] = set()
+    for panel in panels:
+        place = panel["gridPos"]
+        right, bottom = place["x"] + place["w"], place["y"] + place["h"]
+        assert right <= 24
+        own = {(x, y) for x in range(place["x"], right) for y in range(place["y"], bottom)}
+        assert not own & cells, panel["title"]
+        cells |= own
+        for target in panel.get("targets", ()):
+            assert target["datasource"]["uid"] == panel["datasource"]["uid"] == source["uid"]
+    selected = re.findall(r'job="([^"]*)"', DASHBOARD.read_text().replace('\\"', '"'))
+    jobs = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
+    assert (
+        set(selected)
+        == {"steadystate"}
+        == {job["job_name"] for job in jobs["scrape_configs"]} - {"prometheus"}
+    )
 
 
 def test_compose_passes_on_settings_that_exist() -> None:
