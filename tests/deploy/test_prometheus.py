@@ -24,7 +24,8 @@ import pytest
 import yaml
 
 from deploy.dashboard import FILE as DASHBOARD
-from tests.server.api.live import eventually
+from tests.server.api.checkpoint import write_checkpoint
+from tests.server.api.live import eventually, in_thread
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"
@@ -129,7 +130,7 @@ class Load:
 class Prometheus:
     """Started on deploy/'s files, with other addresses and in haste."""
 
-    def __init__(self, folder: Path, target: str) -> None:
+    def __init__(self, folder: Path, target: str, key: str) -> None:
         port = free_port()
         config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
         config["global"] = {f"{what}_interval": "250ms" for what in ("scrape", "evaluation")}
@@ -137,7 +138,7 @@ class Prometheus:
         server["static_configs"][0]["targets"] = [target]
         server["authorization"]["credentials_file"] = str(folder / "metrics-key")
         itself["static_configs"][0]["targets"] = [f"127.0.0.1:{port}"]
-        (folder / "metrics-key").write_text(KEY + "\n")
+        (folder / "metrics-key").write_text(key)
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
         (folder / "rules.yml").write_text(hurried((PROMETHEUS / "rules.yml").read_text()))
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=10)
@@ -193,7 +194,7 @@ def prometheus(
     stack: ExitStack, server: Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Prometheus:
     folder = tmp_path_factory.mktemp("prometheus")
-    prometheus = Prometheus(folder, server.url.removeprefix("http://"))
+    prometheus = Prometheus(folder, server.url.removeprefix("http://"), KEY + "\n")
     stack.callback(prometheus.close)
     return prometheus
 
@@ -315,3 +316,14 @@ def test_an_engine_that_is_killed(server: Server, prometheus: Prometheus) -> Non
     server.start()
     eventually(lambda: "SteadystateRestarted" in prometheus.firing(), 20)
     eventually(lambda: "SteadystateEngineDead" not in prometheus.firing(), 20)
+
+
+def test_a_server_without_keys_and_an_empty_key_file(tmp_path: Path) -> None:
+    """As docker-compose.yml has it where no key file is named."""
+    key = (ROOT / "deploy" / "none").read_text()
+    with in_thread(write_checkpoint(tmp_path / "tiny")) as live:
+        prometheus = Prometheus(tmp_path, live.url.removeprefix("http://"), key)
+        try:
+            eventually(lambda: bool(prometheus.query('up{job="steadystate"} == 1')), 20)
+        finally:
+            prometheus.close()
