@@ -54,14 +54,14 @@ RUN apt-get update \
 
 COPY --from=build /opt/steadystate /opt/steadystate
 
-# Compiled kernels go where a volume keeps them; HOME too, for whatever else wants to cache.
+# Compiled kernels, and models from the hub, go where a volume keeps them; HOME too.
 ENV PATH=/opt/steadystate/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     HOME=/var/cache/steadystate \
     XDG_CACHE_HOME=/var/cache/steadystate \
     TRITON_CACHE_DIR=/var/cache/steadystate/triton \
     TORCHINDUCTOR_CACHE_DIR=/var/cache/steadystate/inductor \
     CUDA_CACHE_PATH=/var/cache/steadystate/cuda \
-    HF_HUB_OFFLINE=1 \
+    HF_HOME=/var/cache/steadystate/huggingface \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     NVIDIA_VISIBLE_DEVICES=all \

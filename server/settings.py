@@ -171,9 +171,8 @@ class Settings(BaseSettings):
 
     @property
     def keyless(self) -> Settings:
-        """The same without any secret, for the engine."""
-        nothing = {"api_key": (), "api_key_file": None, "hub_token": None}
-        return self.model_copy(update=nothing)
+        """The same without any API key, for other processes."""
+        return self.model_copy(update={"api_key": (), "api_key_file": None})
 
     @property
     def bundled(self) -> Path:

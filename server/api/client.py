@@ -224,7 +224,8 @@ class EngineClient:
         ]
         stdin = self._process.stdin
         assert stdin is not None
-        stdin.write(settings.keyless.model_dump_json().encode())  # it needs to know no secret
+        public = settings.keyless.model_copy(update={"hub_token": None})  # it needs no secret
+        stdin.write(public.model_dump_json().encode())
         stdin.close()  # after what was written
 
     def _clean_up(self) -> None:

@@ -216,6 +216,13 @@ def test_keys_come_from_both_and_go_no_further(
     assert engine.keys == () and "three" not in settings.keyless.model_dump_json()
 
 
+def test_a_mistake_of_several_fields_tells_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--revision", "v1", "--api-key", "hush-1", "--hub-token", "hush-2"])
+    words = capsys.readouterr().err
+    assert "revision is for models on the hub" in words and "hush" not in words
+
+
 def test_flags_win_over_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Settings] = []
     monkeypatch.setattr("server.cli.serve.run", lambda settings: seen.append(settings) or 0)
