@@ -37,7 +37,8 @@ class Batch:
         singles = next((i for i, n in enumerate(lengths) if n > 1), len(lengths))
         assert all(n > 1 for n in lengths[singles:]), "chunks of one token come first"
         rows = [0, *accumulate(lengths)]
-        starts = np.array([chunk.start for chunk in chunks], dtype=np.int64)
+        past = tuple(chunk.start for chunk in chunks)
+        starts = np.array(past, dtype=np.int64)
         offsets = np.array(rows[:-1], dtype=np.int64)
         long = (
             np.concatenate([np.asarray(chunk.tokens, dtype=np.int64) for chunk in chunks]),
@@ -61,12 +62,14 @@ class Batch:
             ids[:singles] = sequences.ids(ids[:singles], slots[:singles])
         tail = None
         if singles < len(chunks):
-            tail = Packing(lengths[singles:], tail_cu, slots[singles:], starts_[singles:])
+            tail = Packing(
+                lengths[singles:], tail_cu, slots[singles:], starts_[singles:], past[singles:]
+            )
         return cls(
             ids=ids,
             positions=positions,
             singles=singles,
-            packing=Packing(lengths, cu, slots, starts_),
+            packing=Packing(lengths, cu, slots, starts_, past),
             tail=tail,
             tables=sequences.tables(slots, max(len(chunk.blocks) for chunk in chunks)),
             sample_rows=sample_rows,

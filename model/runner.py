@@ -204,6 +204,9 @@ class ModelRunner:
             one = Chunk(tokens=[0], start=2, slot=0, blocks=blocks[:1], sampling=draw)
             two = Chunk(tokens=[0, 0], start=0, slot=1, blocks=blocks[1:2] or blocks, sampling=draw)
             self.step([one, two])
+        if blocks and tokens >= 3:
+            # a short chunk behind many tokens: attention in pieces, which are joined
+            self.step([Chunk(tokens=[0, 0], start=tokens - 2, slot=0, blocks=blocks)])
 
 
 _PROC = Path("/proc/self/statm")
