@@ -70,13 +70,13 @@ def _torch(
     block_size = pages_k.shape[1]
     first = 0
     slots, starts = packing.slots.tolist(), packing.starts.tolist()
-    for n, table, slot, start in zip(packing.lengths, tables, slots, starts, strict=True):
+    for n, slot, start in zip(packing.lengths, slots, starts, strict=True):
         rows = slice(first, first + n)
         first += n
         if slot < 0:
             o[rows] = 0
             continue
-        end = start + n
+        table, end = tables[slot], start + n
         positions = torch.arange(start, end)
         block, offset = table[positions // block_size], positions % block_size
         pages_k[block, offset] = k[rows]
@@ -111,7 +111,7 @@ def paged_attention(
 ) -> torch.Tensor:
     """q [T, H, d], k, v [T, Hkv, d] -> o [T, H, d]; pages [blocks, block_size, Hkv, d], in place.
 
-    tables [N, most blocks] int32; a row's entries past the sequence's last block may be anything.
+    tables [slots, most blocks] int32: each slot's blocks in order, past its last one anything.
     A leading chunk of one row whose slot is -1 is padding: it comes out as zero, and its table is
     not read. Chunks of several rows need packing.past.
     """
@@ -123,7 +123,7 @@ def paged_attention(
     assert pages_k[0].is_contiguous() and pages_v[0].is_contiguous()
     assert pages_k.dtype == k.dtype and pages_v.dtype == v.dtype
     assert tables.dtype == torch.int32 and tables.stride(-1) == 1
-    assert len(tables) == len(packing.lengths) and sum(packing.lengths) == T
+    assert sum(packing.lengths) == T
     assert scale > 0 and (max(packing.lengths) == 1 or packing.past is not None)
     assert packing.starts.dtype == torch.int64 and packing.cu_seqlens.dtype == torch.int32
     o = torch.empty(T, H, d, dtype=q.dtype, device=q.device)

@@ -87,7 +87,7 @@ def _attend_kernel(
     p_q = q_ptr + i_n * q_row_stride + o_h[:, None] * q_head_stride + o_d
     b_q = tl.load(p_q, mask=m_q, other=0.0)  # [G, D]
     Hkv = H // G
-    p_table = tables_ptr + i_n * tables_stride
+    p_table = tables_ptr + slot * tables_stride
     p_k = pages_k_ptr + i_h * D + o_d
     p_v = pages_v_ptr + i_h * D + o_d
 

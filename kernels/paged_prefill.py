@@ -19,7 +19,7 @@ from kernels.tuning import RowsTuning, processors, rows_tuning
 
 WRITTEN = 16  # rows at a time
 JOINED = 16
-METADATA = ["cu_seqlens_ptr", "starts_ptr", "tables_ptr"]  # aligned now and then
+METADATA = ["cu_seqlens_ptr", "starts_ptr", "tables_ptr", "slots_ptr"]  # aligned now and then
 ITEMS = ["items_ptr", "joins_ptr"]
 
 
@@ -30,6 +30,7 @@ def _write_kernel(
     pages_k_ptr,
     pages_v_ptr,
     tables_ptr,
+    slots_ptr,
     cu_seqlens_ptr,
     starts_ptr,
     first,
@@ -58,7 +59,7 @@ def _write_kernel(
     m_t = o_t < n
     m = m_t[:, None] & (o_d < D)
     o_u = start + o_t  # positions
-    p_table = tables_ptr + i_n.to(tl.int64) * tables_stride + o_u // PAGE
+    p_table = tables_ptr + tl.load(slots_ptr + i_n).to(tl.int64) * tables_stride + o_u // PAGE
     page = tl.load(p_table, mask=m_t, other=0).to(tl.int64)[:, None]
     o_page = ((o_u % PAGE)[:, None] * Hkv + i_h) * D + o_d
     o_row = begin + o_t.to(tl.int64)[:, None]
@@ -78,6 +79,7 @@ def _attend_kernel(
     lses_ptr,
     items_ptr,
     tables_ptr,
+    slots_ptr,
     cu_seqlens_ptr,
     starts_ptr,
     tables_stride,
@@ -118,7 +120,7 @@ def _attend_kernel(
     b_o = tl.zeros((ROWS, BLOCK_D), tl.float32)
 
     Hkv = H // G
-    p_table = tables_ptr + i_n.to(tl.int64) * tables_stride
+    p_table = tables_ptr + tl.load(slots_ptr + i_n).to(tl.int64) * tables_stride
     p_k = pages_k_ptr + i_h * D + o_d
     p_v = pages_v_ptr + i_h * D + o_d
     end = tl.load(p_item + 3)
@@ -210,7 +212,7 @@ def prefill(
     _, H, D = q.shape
     _, PAGE, Hkv, _ = pages_k.shape
     G, BLOCK_D = H // Hkv, max(next_power_of_2(D), 16)
-    metadata = tables, packing.cu_seqlens, packing.starts
+    metadata = tables, packing.slots, packing.cu_seqlens, packing.starts
     longest = max(packing.lengths[first:])
     _write_kernel[(-(-longest // WRITTEN), Hkv, len(packing.lengths) - first)](
         k,

@@ -39,7 +39,13 @@ STAGES = 2  # blocks of keys, and of values, in shared memory
 DIMENSIONS = (64, 128)
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 LOG2_E = 1.44269504
-METADATA = ["tables_ptr", "cu_seqlens_ptr", "starts_ptr", "items_ptr"]  # aligned now and then
+METADATA = [
+    "tables_ptr",
+    "slots_ptr",
+    "cu_seqlens_ptr",
+    "starts_ptr",
+    "items_ptr",
+]  # aligned now and then
 
 
 def jit(**options: Any) -> Any:
@@ -242,6 +248,7 @@ def _attend_kernel(
     lses_ptr,
     items_ptr,
     tables_ptr,
+    slots_ptr,
     cu_seqlens_ptr,
     starts_ptr,
     tables_stride,
@@ -272,7 +279,7 @@ def _attend_kernel(
     begin = gl.load(cu_seqlens_ptr + i_n)
     n = gl.load(cu_seqlens_ptr + i_n + 1) - begin
     start = gl.load(starts_ptr + i_n).to(gl.int32)
-    p_table = tables_ptr + i_n.to(gl.int64) * tables_stride
+    p_table = tables_ptr + gl.load(slots_ptr + i_n).to(gl.int64) * tables_stride
     last_page = (start + n - 1) // 64
 
     q_tiles = gl.allocate_shared_memory(dtype, [2, HALF, D], q_layout)
@@ -340,6 +347,7 @@ def attend(
     pages_k: torch.Tensor,
     pages_v: torch.Tensor,
     tables: torch.Tensor,
+    slots: torch.Tensor,
     cu_seqlens: torch.Tensor,
     starts: torch.Tensor,
     items: torch.Tensor,
@@ -360,6 +368,7 @@ def attend(
         lses,
         items,
         tables,
+        slots,
         cu_seqlens,
         starts,
         tables.stride(0),

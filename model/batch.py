@@ -18,7 +18,7 @@ class Batch:
     """T tokens of N sequences. The first `singles` sequences have one row each, the rest follow.
 
     ids [T], positions [T] int64; packing: all sequences; tail: those after the singles, with rows
-    counted from the first of them; tables [N, most blocks] int32, a sequence's blocks in order;
+    counted from the first of them; tables [slots, most blocks] int32, every slot's blocks;
     sample_rows [R] int64: rows whose logits are asked for, in the order of the batch.
     """
 
@@ -71,7 +71,7 @@ class Batch:
             singles=singles,
             packing=Packing(lengths, cu, slots, starts_, past),
             tail=tail,
-            tables=sequences.tables(slots, max(len(chunk.blocks) for chunk in chunks)),
+            tables=sequences.tables,
             sample_rows=sample_rows,
         )
 

@@ -134,7 +134,7 @@ class DecodeGraphs:
             singles=size,
             packing=Packing((1,) * size, rows, slots, positions),
             tail=None,
-            tables=self._sequences.tables(slots),
+            tables=self._sequences.tables,
             sample_rows=torch.arange(size, device=device),
         )
         logits = logits_of(self._model, batch, self._store)

@@ -39,9 +39,8 @@ def check(steps, page, *, H, Hkv, d, dtype, device, singles_first=True):
             for part in range(3)
         ]
         q, k, v = torch.cat(parts, dim=1).split((H, Hkv, Hkv), dim=1)
-        packing = pack(lengths, list(range(len(order))), [done[j] for j in order], device)
-        tables = table[order].to(device)
-        o = paged_attention(q, k, v, *pages, tables, packing, 0.4)
+        packing = pack(lengths, order, [done[j] for j in order], device)
+        o = paged_attention(q, k, v, *pages, table.to(device), packing, 0.4)
         assert o.dtype == dtype
         for j, part in zip(order, o.split(lengths), strict=True):
             rows[j].append(part)
@@ -122,7 +121,7 @@ def test_padding_touches_nothing(device, dtype):
     q, k, v = (torch.randn(3, H, 64, device=device).to(dtype) for H in (4, 2, 2))
     pages = pool(2, (64, 2, 64), (64, 2, 64), dtype=dtype, device=device)
     tables = torch.tensor([[-1], [1], [-1]], dtype=torch.int32, device=device)
-    packing = pack([1, 1, 1], [-1, 0, -1], [0, 0, 40], device)
+    packing = pack([1, 1, 1], [-1, 1, -1], [0, 0, 40], device)
     o = paged_attention(q, k, v, *pages, tables, packing, 0.4)
     assert (o[0] == 0).all() and (o[2] == 0).all()
     assert error(o[1], v[1].repeat_interleave(2, 0)) <= BOUND[dtype]
