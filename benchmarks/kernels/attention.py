@@ -71,8 +71,8 @@ def cudnn(work: Paged) -> Callable[[], Any]:
             return own[0]
         old = part(slice(past), False, True)
         shape = *q.shape[:3], 1
-        share = torch.sigmoid(old[1].view(shape) - own[1].view(shape)).to(q.dtype)
-        return torch.lerp(own[0], old[0], share)
+        share = torch.sigmoid(old[1].view(shape) - own[1].view(shape))
+        return torch.lerp(own[0].float(), old[0].float(), share).to(q.dtype)
 
     wrong = work.wrong(run()[0].transpose(0, 1)) if len(work.packing.lengths) == 1 else 0.0
     if not wrong <= ERROR:
