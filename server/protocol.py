@@ -18,7 +18,8 @@ class Generate(msgspec.Struct, tag=True, kw_only=True):
 
     Generation ends with reason "stop" when an id of stop_token_ids is drawn (not before
     min_tokens, until when these ids are suppressed), with "length" at max_tokens or at the
-    model's maximum length.
+    model's maximum length. Checkpoints are shared among prompts of one salt; boundaries are the
+    positions where messages end.
     """
 
     id: str
@@ -27,6 +28,8 @@ class Generate(msgspec.Struct, tag=True, kw_only=True):
     max_tokens: int
     min_tokens: int = 0
     stop_token_ids: list[int] = []
+    salt: str = ""
+    boundaries: list[int] = []
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -64,6 +67,21 @@ class Output(msgspec.Struct, kw_only=True, omit_defaults=True):
     started: float | None = None
 
 
+class CacheStats(msgspec.Struct, kw_only=True):
+    """Checkpoints: tokens of prompts looked up and saved, requests that hit and that missed by
+    reason, all since the engine started; what lies in each tier; and how long files took to write
+    and to read since the last news."""
+
+    queried: int = 0
+    saved: int = 0
+    hits: int = 0
+    misses: dict[str, int] = {}
+    checkpoints: dict[str, int] = {}
+    bytes: dict[str, int] = {}
+    save_seconds: list[float] = []
+    load_seconds: list[float] = []
+
+
 class Stats(msgspec.Struct, kw_only=True):
     """The engine after a step: gauges, and what this step did."""
 
@@ -76,6 +94,7 @@ class Stats(msgspec.Struct, kw_only=True):
     step_tokens: int = 0
     preemptions: int = 0  # since the engine started
     device_memory: int = 0
+    cache: CacheStats | None = None
 
 
 class Step(msgspec.Struct, tag=True, kw_only=True):

@@ -78,6 +78,13 @@ class Settings(BaseSettings):
         description="token budget of one engine step; default: 8192 on CUDA, 2048 on the CPU",
     )
 
+    prefix_caching: bool = Field(
+        True, description="keep checkpoints of states, so that a prefix is read once"
+    )
+    host_cache_gb: float = Field(
+        4.0, ge=0, description="GB of host memory for checkpoints that leave the device"
+    )
+
     default_max_tokens: int = Field(
         4096,
         ge=1,
@@ -111,6 +118,11 @@ class Settings(BaseSettings):
         if not keys:
             raise ValueError("no key in it; leave it out for a server that is open to all")
         return keys
+
+    @property
+    def host_cache_bytes(self) -> int:
+        """Bytes of host memory for checkpoints."""
+        return int(self.host_cache_gb * 1e9)
 
     @property
     def bundled(self) -> Path:

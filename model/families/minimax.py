@@ -265,7 +265,9 @@ class MiniMax:
                 fields += memory_fields(i, c.heads, c.head_dim, c.head_dim, memory)
             elif kind == "window":
                 window = (c.window, c.kv_heads, c.head_dim)
-                fields += [Field(f"{name}.{i}", window, self.dtype) for name in ("keys", "values")]
+                fields += [
+                    Field(f"{name}.{i}", window, self.dtype, axis=0) for name in ("keys", "values")
+                ]
         return fields
 
     def block_fields(self, block_size: int) -> list[Field]:
@@ -273,7 +275,7 @@ class MiniMax:
         c = self.config
         shape = (block_size, c.kv_heads, c.head_dim)
         return [
-            Field(f"{name}.{i}", shape, self.dtype)
+            Field(f"{name}.{i}", shape, self.dtype, axis=0)
             for i, kind in enumerate(c.layers)
             if kind == "softmax"
             for name in ("keys", "values")

@@ -47,15 +47,14 @@ async def chat(request: Request, service: TheService) -> Response:
 async def encode_messages(service: Service, body: TemplateBody, messages: list[Message]) -> Prompt:
     """A conversation as a prompt."""
     ending = body.add_generation_prompt
-    return Prompt(
-        await service.tokenizer.encode_chat(
-            [message.for_template() for message in messages],
-            add_generation_prompt=not body.continue_final_message if ending is None else ending,
-            continue_final_message=body.continue_final_message,
-            add_special_tokens=bool(body.add_special_tokens),
-            kwargs=body.chat_template_kwargs,
-        )
+    tokens = await service.tokenizer.encode_chat(
+        [message.for_template() for message in messages],
+        add_generation_prompt=not body.continue_final_message if ending is None else ending,
+        continue_final_message=body.continue_final_message,
+        add_special_tokens=bool(body.add_special_tokens),
+        kwargs=body.chat_template_kwargs,
     )
+    return Prompt(tokens, boundaries=service.tokenizer.boundaries(tokens))
 
 
 async def _begin(service: Service, body: ChatBody, record: Record) -> Generation:

@@ -31,6 +31,7 @@ class Options:
     stop_token_ids: tuple[int, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
+    salt: str = ""
     sampling: Sampling
 
 

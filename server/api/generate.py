@@ -26,10 +26,11 @@ from server.protocol import Generate, pack_tokens
 
 @dataclass(slots=True, frozen=True)
 class Prompt:
-    """Ids to continue, and their text where it is known and will be echoed."""
+    """Ids to continue, their text where it is known and will be echoed, and where messages end."""
 
     tokens: array[int]
     text: str | None = None
+    boundaries: Sequence[int] = ()
 
 
 class Generation:
@@ -149,6 +150,8 @@ def start(
                     max_tokens=bound,
                     min_tokens=options.min_tokens,
                     stop_token_ids=stop_ids,
+                    salt=options.salt,
+                    boundaries=list(prompt.boundaries),
                 )
             )
             timeline = Timeline(record.arrived, len(prompt.tokens))
@@ -193,6 +196,7 @@ def options_of(
         stop_token_ids=tuple(body.stop_token_ids),
         include_stop=body.include_stop_str_in_output,
         skip_special_tokens=body.skip_special_tokens,
+        salt=body.cache_salt or "",
         sampling=Sampling(
             temperature=chosen.get("temperature", 1.0),
             top_p=chosen.get("top_p", 1.0),

@@ -23,6 +23,7 @@ from server.api import limits
 from server.api.body import UNSUPPORTED, Body, shown
 
 Name = Annotated[str, StringConstraints(max_length=limits.MAX_NAME_CHARS)]
+Salt = Annotated[str, StringConstraints(min_length=1, max_length=limits.MAX_NAME_CHARS)]
 TokenId = Annotated[int, Field(ge=0, le=limits.MAX_TOKENS)]
 
 
@@ -74,6 +75,7 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
     user: Name | None = None
     request_id: Name | None = None
+    cache_salt: Salt | None = None
 
     @field_validator("stop", mode="before")
     @classmethod

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -92,6 +93,14 @@ class Tokenizer:
             return self._encode_marked(rendered, add_special_tokens)
 
         return await self.run(work)
+
+    def boundaries(self, tokens: array[int]) -> list[int]:
+        """Where the messages of an encoded conversation end: positions after a closing token."""
+        if self.template.closing is None:
+            return []
+        ids = numpy.frombuffer(tokens, dtype=numpy.int32)
+        ends: list[int] = (numpy.flatnonzero(ids == self.template.closing) + 1).tolist()
+        return ends
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of ids, all at once."""

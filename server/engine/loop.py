@@ -15,7 +15,8 @@ from typing import Protocol
 import msgspec
 
 from model.chunk import OutOfDeviceMemory, Runner
-from server.engine.scheduler import Scheduler, Work
+from server.engine.scheduler import Scheduler
+from server.engine.work import Work
 from server.protocol import Abort, FromEngine, Generate, Output, Ready, Stats, Step, ToEngine
 
 log = logging.getLogger(__name__)
@@ -56,11 +57,18 @@ class Loop:
         line: Mailbox,
         *,
         clock: Callable[[], float] = time.monotonic,
+        caching: bool = False,
+        host_bytes: int = 0,
     ) -> None:
         self.runner = runner
         self.line = line
         self.clock = clock
-        self.scheduler = Scheduler(runner.capacity, max_step_tokens=runner.max_step_tokens)
+        self.scheduler = Scheduler(
+            runner.capacity,
+            max_step_tokens=runner.max_step_tokens,
+            caching=caching,
+            host_bytes=host_bytes,
+        )
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._memory = 0
         self._measured = -MEMORY_SECONDS

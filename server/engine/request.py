@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy
 
 from model.chunk import Sampling
+from server.engine.chain import Chain
 from server.protocol import Generate, unpack_tokens
+
+if TYPE_CHECKING:
+    from server.engine.tiers import Checkpoint
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -16,6 +21,7 @@ class Request:
     """Two integers, no phases: `computed` chases len(tokens).
 
     When it has caught up a token is drawn and appended, until a stop id or `length_limit` tokens.
+    A request that is only `reading` ends there, with no token drawn.
     """
 
     id: str
@@ -25,6 +31,9 @@ class Request:
     sampling: Sampling
     min_tokens: int = 0
     stop_ids: tuple[int, ...] = ()
+    salt: str = ""
+    boundaries: tuple[int, ...] = ()  # positions where messages end
+    reading: bool = False
 
     computed: int = 0
     slot: int | None = None
@@ -33,6 +42,12 @@ class Request:
     announced: bool = False  # whether `started` was told
     served: int = 0  # its last turn, counted over all requests
     finish: str | None = None
+
+    chain: Chain | None = None  # None: no checkpoint is looked for or kept
+    cached: int = 0  # tokens of the checkpoint that it began with
+    wanted: list[int] = field(default_factory=list)  # positions to keep, in order
+    kept: list[Checkpoint] = field(default_factory=list)  # made of its state
+    waits: tuple[Request, int] | None = None  # for another to have kept a position
 
     @property
     def remaining(self) -> int:
@@ -90,6 +105,8 @@ def accept(message: Generate, *, max_length: int | None, vocab_size: int) -> Req
         sampling=message.sampling,
         min_tokens=message.min_tokens,
         stop_ids=tuple(message.stop_token_ids),
+        salt=message.salt,
+        boundaries=tuple(message.boundaries),
     )
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from model.chunk import Capacity, Sampling
-from server.engine.scheduler import Scheduler, Work
+from server.engine.scheduler import Scheduler
+from server.engine.work import Work
 from server.protocol import Generate, Output, pack_tokens, unpack_tokens
 from tests.server.fake_engine import FakeRunner, next_token
 
@@ -20,7 +21,8 @@ def capacity(**fields: Any) -> Capacity:
 
 def generate(
     id: str, prompt: Sequence[int] | int, max_tokens: int = 5, *, logprobs: int | None = None,
-    min_tokens: int = 0, stop: Sequence[int] = (),
+    min_tokens: int = 0, stop: Sequence[int] = (), salt: str = "",
+    boundaries: Sequence[int] = (),
 ) -> Generate:  # fmt: skip
     """A prompt, or one of so many tokens; greedy."""
     if isinstance(prompt, int):
@@ -32,6 +34,8 @@ def generate(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         stop_token_ids=list(stop),
+        salt=salt,
+        boundaries=list(boundaries),
     )
 
 
@@ -54,9 +58,15 @@ def alone(message: Generate, max_length: int | None = None) -> tuple[list[int], 
 class Bench:
     """Runs a scheduler against a fake runner and gathers what comes out for whom."""
 
-    def __init__(self, *, max_step_tokens: int = 64, **fields: Any) -> None:
+    def __init__(
+        self, *, max_step_tokens: int = 64, caching: bool = False, host_bytes: int = 0,
+        **fields: Any,
+    ) -> None:  # fmt: skip
         self.runner = FakeRunner(capacity=capacity(**fields), max_step_tokens=max_step_tokens)
-        self.scheduler = Scheduler(self.runner.capacity, max_step_tokens=max_step_tokens)
+        self.scheduler = Scheduler(
+            self.runner.capacity, max_step_tokens=max_step_tokens, caching=caching,
+            host_bytes=host_bytes,
+        )  # fmt: skip
         self.outputs: dict[str, list[Output]] = {}
         self.now = 0
 
@@ -87,7 +97,9 @@ class Bench:
             steps += 1
             assert steps < limit, "no end in sight"
         self.step()
-        assert not self.runner.saved, "states are left on the host"
+        cache = self.scheduler.checkpoints
+        kept = {c.name for c in cache.tiers.host} if cache is not None else set()
+        assert set(self.runner.saved) == kept, "states are left on the host"
         return steps
 
     def gather(self, outputs: list[Output]) -> None:
