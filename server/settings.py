@@ -81,6 +81,12 @@ class Settings(BaseSettings):
     prefix_caching: bool = Field(
         True, description="keep checkpoints of states, so that a prefix is read once"
     )
+    context_directory: Path | None = Field(
+        None, description="where states and contexts are kept as files; default: in memory only"
+    )
+    disk_cache_gb: float = Field(
+        100.0, ge=0, description="GB of files in context_directory, contexts included"
+    )
     host_cache_gb: float = Field(
         4.0, ge=0, description="GB of host memory for checkpoints that leave the device"
     )
@@ -123,6 +129,11 @@ class Settings(BaseSettings):
     def host_cache_bytes(self) -> int:
         """Bytes of host memory for checkpoints."""
         return int(self.host_cache_gb * 1e9)
+
+    @property
+    def disk_cache_bytes(self) -> int:
+        """Bytes of files for checkpoints and contexts."""
+        return int(self.disk_cache_gb * 1e9)
 
     @property
     def bundled(self) -> Path:

@@ -19,9 +19,15 @@ NEIGHBOURS = 64  # of a block, looked at to see where sequences part
 GHOSTS = 65_536  # prefixes given up, remembered to tell a miss from a first time
 
 
-def root_digest(fingerprint: str, salt: str) -> bytes:
-    """What a sequence begins with: the model, and the salt that keeps tenants apart."""
-    parts = (hashlib.sha256(part.encode()).digest() for part in (fingerprint, salt))
+def salt_digest(salt: str) -> str:
+    """A salt as files name it."""
+    return hashlib.sha256(salt.encode()).hexdigest()
+
+
+def root_of(fingerprint: str, dtype: str, salt: str) -> bytes:
+    """What a sequence begins with: the model, how it computes, and the digest of a salt that keeps
+    tenants apart."""
+    parts = (hashlib.sha256(part.encode()).digest() for part in (fingerprint, dtype, salt))
     return hashlib.sha256(b"steadystate\0" + b"".join(parts)).digest()
 
 
@@ -139,6 +145,16 @@ class Tree(Generic[L]):
         if len(rest) == 4 * BLOCK and chain.digest(index + 1) in self._ghosts:
             return True
         return any(digest in self._ghosts for digest in following)
+
+    def chain(self, block: Block[L], leaf: L) -> Chain:
+        """The sequence that leads to a leaf."""
+        path = [block]
+        while (parent := path[-1].parent) is not None:
+            path.append(parent)
+        path.reverse()
+        tail = next(tail for tail, other in block.tails.items() if other is leaf)
+        tokens = array("i", b"".join([*(step.tokens for step in path), tail]))
+        return Chain(path[0].digest, tokens, [step.digest for step in path])
 
     def add(self, chain: Chain, leaf: L) -> Block[L]:
         """Hang a leaf at its position, and the blocks that lead there."""

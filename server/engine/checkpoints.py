@@ -1,74 +1,26 @@
-"""Checkpoints: which positions of a sequence are kept, which one a prompt begins with, and why not.
+"""Checkpoints: which one a prompt begins with, what is kept on its way, and why there was none.
 
 A state cannot be cut short, so a prompt begins at the farthest checkpoint on its way that leaves at
-least one token to compute: the last token's logits are not kept. Therefore the end of a prompt is
-kept one token early (or at the message boundary just before), where the same prompt finds it too.
+least one token to compute: the last token's logits are not kept.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 from model.chunk import Capacity, Copy
-from server.engine.chain import Block, Chain, Tree, root_digest, shared
+from server.engine.archive import State
+from server.engine.chain import Block, Chain, Tree, root_of, salt_digest, shared
+from server.engine.disk import Disk
+from server.engine.jobs import Jobs
+from server.engine.positions import LEAST, plan, spacing
 from server.engine.request import Request
+from server.engine.shelf import Shelf
 from server.engine.slots import Holdings
 from server.engine.tiers import Checkpoint, Tiers
-from server.protocol import CacheStats
-
-LEAST = 32  # tokens that a checkpoint must save
-END = 16  # a message boundary so close before the end of a prompt is its end
-LEAST_SPACING = 1024
-BYTES_A_TOKEN = 1024  # of state, that may be kept for a token read: see spacing()
-
-
-def spacing(state_bytes: int) -> int:
-    """How many tokens of a long prompt lie between checkpoints, a power of two.
-
-    A token is read no faster than some microseconds, 1,024 bytes are copied within some
-    nanoseconds: so copies take less than 2 % of the time.
-    """
-    return 1 << max(LEAST_SPACING, state_bytes // BYTES_A_TOKEN).bit_length() - 1
-
-
-def grid(start: int, end: int, every: int) -> list[int]:
-    """Positions in between, `every` apart, and farther the longer the sequence is: four between n
-    and 2 n, so that a long prompt has a number that grows with its logarithm."""
-    positions: list[int] = []
-    at = start
-    while True:
-        step = max(every, 1 << max(0, at.bit_length() - 3))
-        at = (at // step + 1) * step
-        if at >= end:
-            return positions
-        positions.append(at)
-
-
-def plan(
-    length: int, *, start: int = 0, boundaries: Iterable[int] = (), every: int, whole: bool = False
-) -> list[int]:
-    """Where the reading of a prompt pauses for a checkpoint: its end, boundaries of messages, and
-    every so many tokens.
-
-    All boundaries that are new in a turn are kept; of a long chat that is read at once, those near
-    its end, and ever fewer before. `whole`: the end itself, for a prompt that will be gone on with.
-    """
-    known = sorted(b for b in boundaries if LEAST <= b < length)
-    end = length if whole else length - 1
-    if not whole and known and known[-1] >= end - END:
-        end = known[-1]
-    kept = [end]
-    for boundary in reversed(known):
-        if kept[-1] - boundary >= max(LEAST, (end - kept[-1]) // 4):
-            kept.append(boundary)
-    if known and known[0] not in kept and kept[-1] - known[0] >= LEAST:
-        kept.append(known[0])
-    marks = sorted(kept)
-    between = (
-        at for at in grid(start, end, every) if all(abs(at - m) >= every // 4 for m in marks)
-    )
-    return sorted(p for p in {*marks, *between} if p - start >= LEAST)
+from server.protocol import CacheStats, Trouble
 
 
 class Checkpoints:
@@ -76,37 +28,107 @@ class Checkpoints:
 
     queries, hits and saved count requests and tokens; misses count requests by reason:
     short: too few tokens to keep; new: it begins as nothing that was read before; parted: what it
-    shares with others ends before any checkpoint; evicted: there was one, and it was given up.
+    shares with others ends before any checkpoint; evicted: there was one, and it was given up;
+    damaged: its file could not be read or was refused.
     """
 
-    REASONS = ("short", "new", "parted", "evicted")
+    REASONS = ("short", "new", "parted", "evicted", "damaged")
 
     def __init__(
-        self, capacity: Capacity, holdings: Holdings, copies: list[Copy], *, host_bytes: int
+        self,
+        capacity: Capacity,
+        holdings: Holdings,
+        copies: list[Copy],
+        *,
+        host_bytes: int = 0,
+        directory: Path | None = None,
+        disk_bytes: int = 0,
     ) -> None:
-        self.fingerprint = f"{capacity.fingerprint} {capacity.dtype}"
+        self.capacity = capacity
         self.every = spacing(capacity.state_bytes)
         self.tiers = Tiers(capacity, holdings, copies, host_bytes=host_bytes)
         self.queries = self.hits = self.queried_tokens = self.saved_tokens = 0
         self.misses: Counter[str] = Counter(dict.fromkeys(self.REASONS, 0))
+        self.disk: Disk | None = None
+        self.jobs = Jobs()
+        if directory is not None:
+            shelf = Shelf(directory, capacity, self.jobs, budget=disk_bytes)
+            self.disk = Disk(shelf, self.tiers, self.chain, self.receive)
         self._tree: Tree[Checkpoint] = Tree()
         self._by_key: dict[str, Checkpoint] = {}
+        self._fetched: list[Checkpoint] = []  # from the disk, pinned until those who wait have had
         self._number = 0
 
     def begin(self, request: Request) -> None:
         """Give a request that has arrived its chain."""
-        request.chain = Chain(root_digest(self.fingerprint, request.salt), request.tokens)
+        if request.chain is None:
+            salt = request.salt = salt_digest(request.salt)
+            root = root_of(self.capacity.fingerprint, self.capacity.dtype, salt)
+            request.chain = Chain(root, request.tokens)
+
+    def get(self, key: str) -> Checkpoint | None:
+        """The checkpoint of a key, if it lies in memory."""
+        return self._by_key.get(key)
+
+    def chain(self, checkpoint: Checkpoint) -> Chain:
+        """The tokens that lead to a checkpoint."""
+        assert checkpoint.block is not None
+        return self._tree.chain(checkpoint.block, checkpoint)
 
     def find(self, request: Request) -> Checkpoint | None:
-        """The farthest checkpoint that a request can begin with."""
-        path = self._tree.known(_chain(request))
-        most = request.prompt_length - (not request.reading)
+        """The farthest checkpoint in memory that a request can begin with."""
+        chain, most = _chain(request), request.most_cached
+        path = request.path = self._tree.known(chain)
         for index in range(len(path) - 1, -1, -1):
-            rest = _chain(request).within(index, most)
-            found = path[index].leaf(rest)
+            found = path[index].leaf(chain.within(index, most))
             if found is not None:
-                return found if found.position >= LEAST else None
+                return found if found.position >= LEAST or request.reading else None
         return None
+
+    def fetch(self, request: Request, found: Checkpoint | None) -> bool:
+        """Whether a request does better to wait for a state that lies on the disk; it is loaded."""
+        if self.disk is None:
+            return False
+        least = LEAST if found is None else found.position + LEAST
+        entry = self.disk.shelf.find(_chain(request), request.most_cached, least)
+        if entry is None or entry.key in request.tried:
+            return False
+        request.fetches = entry.key
+        request.tried.add(entry.key)
+
+        def then(trouble: Trouble | None) -> None:
+            request.fetches = ""
+            request.refused |= trouble is not None
+
+        self.disk.load(entry.key, then)
+        return True
+
+    def receive(self, state: State) -> None:
+        """Put a state from the disk on the host and into the index."""
+        if state.key not in self._by_key:
+            self.enter(state, force=True)
+        checkpoint = self._by_key[state.key]
+        checkpoint.pins += 1
+        self._fetched.append(checkpoint)
+
+    def enter(self, state: State, *, force: bool = False) -> bool:
+        """Put a state from outside on the host, unless there is no room."""
+        checkpoint = self._make(state.key, state.position, state.salt)
+        room = self.tiers.receive(checkpoint, state.image, force=force)
+        if room:
+            self._index(checkpoint, state.chain)
+        self.sweep()
+        return room
+
+    def settle(self) -> None:
+        """Those who can begin with a checkpoint now have begun with it."""
+        self.tiers.spared = None
+        for checkpoint in self._fetched:
+            checkpoint.pins -= 1
+        if self._fetched:
+            self._fetched.clear()
+            self.tiers.trim()
+            self.sweep()
 
     def twin(
         self, request: Request, found: Checkpoint | None, readers: Iterable[Request]
@@ -115,12 +137,10 @@ class Checkpoints:
         for, and marked to be kept."""
         best = 0 if found is None else found.position
         choice: tuple[Request, int] | None = None
-        most = request.prompt_length - (not request.reading)
+        most = request.most_cached
         for reader in readers:
-            if reader.chain is None or reader.salt != request.salt:
-                continue
-            last = reader.prompt_length - (not reader.reading)
-            if last - best < LEAST:
+            last = reader.most_cached
+            if reader.chain is None or last - best < LEAST:
                 continue
             at = min(shared(_chain(request), reader.chain), most, last)
             if at - best >= LEAST and reader.computed < at:
@@ -134,7 +154,7 @@ class Checkpoints:
     def admit(self, request: Request, found: Checkpoint | None) -> None:
         """Begin with a checkpoint, or with nothing, and decide what to keep on the way."""
         chain = _chain(request)
-        path = self._tree.known(chain)
+        path, request.path = request.path, []
         length = request.prompt_length
         parting = min(self._tree.parting(chain, path), length - 1)
         self._count(request, found, parting, path)
@@ -165,7 +185,9 @@ class Checkpoints:
         A state with tokens that nobody knows, drawn after a stop that was found late, is not kept,
         nor one that is a single token farther than the last.
         """
-        if request.computed < LEAST or request.computed > len(request.tokens):
+        if request.computed > len(request.tokens):
+            return None
+        if request.computed < LEAST and not request.reading:
             return None
         last = max([request.cached, *(checkpoint.position for checkpoint in request.kept)])
         if request.computed - last < 2 and not request.reading:
@@ -179,8 +201,10 @@ class Checkpoints:
     def disown(self, request: Request, position: int = 0) -> None:
         """Give up what was kept of a request beyond a position: its step was lost."""
         for checkpoint in request.kept:
-            if checkpoint.position > position and not checkpoint.gone:
+            if checkpoint.position > position:
                 self.tiers.drop(checkpoint)
+                if self.disk is not None:
+                    self.disk.discard(checkpoint.key)
         self.sweep()
 
     def evict(self) -> bool:
@@ -201,13 +225,24 @@ class Checkpoints:
     def stats(self) -> CacheStats:
         """The counters, and what lies where."""
         tiers = self.tiers
+        counts = {"device": len(tiers.device), "host": len(tiers.host)}
+        sizes = {"device": tiers.device_bytes, "host": tiers.host_bytes}
+        saves: list[float] = []
+        loads: list[float] = []
+        if self.disk is not None:
+            shelf = self.disk.shelf
+            counts["disk"], sizes["disk"] = len(shelf.entries), shelf.bytes
+            saves, shelf.save_seconds = shelf.save_seconds, []
+            loads, shelf.load_seconds = shelf.load_seconds, []
         return CacheStats(
             queried=self.queried_tokens,
             saved=self.saved_tokens,
             hits=self.hits,
             misses=dict(self.misses),
-            checkpoints={"device": len(tiers.device), "host": len(tiers.host)},
-            bytes={"device": tiers.device_bytes, "host": tiers.host_bytes},
+            checkpoints=counts,
+            bytes=sizes,
+            save_seconds=saves,
+            load_seconds=loads,
         )
 
     def check(self) -> None:
@@ -222,15 +257,21 @@ class Checkpoints:
         if (known := self._by_key.get(key)) is not None:
             self.tiers.touch(known)
             return None
+        return self._make(key, request.computed, request.salt)
+
+    def _make(self, key: str, position: int, salt: str) -> Checkpoint:
         self._number += 1
-        return Checkpoint(self._number, key, request.computed)
+        return Checkpoint(self._number, key, position, salt)
 
     def _keep(self, checkpoint: Checkpoint, request: Request, kept: bool) -> None:
         if kept:
-            self._by_key[checkpoint.key] = checkpoint
-            checkpoint.block = self._tree.add(_chain(request), checkpoint)
+            self._index(checkpoint, _chain(request))
             request.kept.append(checkpoint)
         self.sweep()
+
+    def _index(self, checkpoint: Checkpoint, chain: Chain) -> None:
+        self._by_key[checkpoint.key] = checkpoint
+        checkpoint.block = self._tree.add(chain, checkpoint)
 
     def _count(
         self,
@@ -246,6 +287,8 @@ class Checkpoints:
             self.saved_tokens += found.position
         elif request.prompt_length <= LEAST:
             self.misses["short"] += 1
+        elif request.refused:
+            self.misses["damaged"] += 1
         elif self._tree.gone(_chain(request), path):
             self.misses["evicted"] += 1
         else:

@@ -35,6 +35,8 @@ def run_engine(directory: Path, load: Callable[[Settings], LoadedRunner]) -> int
             line,
             caching=settings.prefix_caching,
             host_bytes=settings.host_cache_bytes,
+            directory=settings.context_directory,
+            disk_bytes=settings.disk_cache_bytes,
         )
         gc.collect()
         gc.freeze()  # what was loaded stays: never walk it again

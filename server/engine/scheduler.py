@@ -6,14 +6,18 @@ Plain values in, plain values out: the scheduler knows neither a device nor a so
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from model.chunk import Capacity, Copy, Sampled
+from server.engine.admission import Admission
+from server.engine.chain import Chain
 from server.engine.checkpoints import Checkpoints
 from server.engine.request import Request, accept
 from server.engine.slots import Holdings, saved
+from server.engine.states import States
 from server.engine.tiers import Checkpoint
 from server.engine.work import Work, chunk_of, output_of
-from server.protocol import Generate, Output, Stats
+from server.protocol import Generate, Output, Read, Reply, Stats
 
 
 class Scheduler:
@@ -32,6 +36,8 @@ class Scheduler:
         max_step_tokens: int,
         caching: bool = False,
         host_bytes: int = 0,
+        directory: Path | None = None,
+        disk_bytes: int = 0,
     ) -> None:
         assert max_step_tokens >= 1
         self.max_step_tokens = max_step_tokens
@@ -45,13 +51,23 @@ class Scheduler:
         self.preemptions = 0
         self._copies: list[Copy] = []
         self.checkpoints: Checkpoints | None = None
+        self.states: States | None = None
         if caching:
             self.checkpoints = Checkpoints(
-                capacity, self.holdings, self._copies, host_bytes=host_bytes
+                capacity,
+                self.holdings,
+                self._copies,
+                host_bytes=host_bytes,
+                directory=directory,
+                disk_bytes=disk_bytes,
             )
+            self.states = States(self.checkpoints)
+        self.admission = Admission(self.holdings, self.checkpoints, self.running)
         self._turns = 0
 
     def __contains__(self, id: str) -> bool:
+        if self.states is not None and id in self.states:
+            return True
         return id in self.running or id in self.waiting or id in self.swapped
 
     @property
@@ -59,10 +75,32 @@ class Scheduler:
         """Whether nothing is left to compute."""
         return not (self.running or self.swapped or self.waiting)
 
-    def add(self, message: Generate) -> None:
+    @property
+    def pressing(self) -> bool:
+        """Whether copies are due, though nothing may be left to compute."""
+        return bool(self._copies)
+
+    @property
+    def expecting(self) -> bool:
+        """Whether files are being read or written."""
+        return self.checkpoints is not None and len(self.checkpoints.jobs) > 0
+
+    def add(self, message: Generate | Read) -> None:
         """Queue a request. ValueError: something in it is impossible."""
         assert message.id not in self, f"{message.id} is under way"
-        request = accept(message, max_length=self.max_length, vocab_size=self.vocab_size)
+        base: Chain | None = None
+        salt = message.salt
+        if message.base or isinstance(message, Read):
+            if self.states is None:
+                raise ValueError("prefix_caching is off")
+            if message.base:
+                found = self.states.base(message.base)
+                if found is None:
+                    self.states.arrive(message, self.add)
+                    return
+                base, salt = found
+        request = accept(message, max_length=self.max_length, vocab_size=self.vocab_size, base=base)
+        request.salt = salt
         if self.checkpoints is not None:
             self.checkpoints.begin(request)
         self.waiting[request.id] = request
@@ -76,11 +114,14 @@ class Scheduler:
                 request.finish = "abort"
                 self._retire(request)
                 outputs.append(output_of(request))
+            elif self.states is not None and self.states.abort(id):
+                outputs.append(Output(id=id, finish="abort"))
         return outputs
 
     def schedule(self, now: float) -> Work:
         """Admit who fits and pack the next step. Empty work: nothing is left to do."""
         if self.checkpoints is not None:
+            self.checkpoints.jobs.done()
             for request in self.running.values():
                 self.checkpoints.take(request)
         admitted = self._admit(now)
@@ -94,6 +135,25 @@ class Scheduler:
         self._copies.clear()
         return Work(copies, chunks, requests, admitted)
 
+    def rest(self) -> None:
+        """Nothing is to be computed or expected: use the time."""
+        if self.checkpoints is not None and self.checkpoints.disk is not None:
+            self.checkpoints.disk.rest()
+
+    def copied(self) -> None:
+        """The copies of the last work were carried out, or listed to be, before anything else."""
+        if self.states is not None:
+            self.states.copied()
+            if self.states.checkpoints.disk is not None:
+                self.states.checkpoints.disk.copied()
+
+    def news(self) -> list[Output | Reply]:
+        """What has come of files since the last time."""
+        if self.states is None:
+            return []
+        news, self.states.news = self.states.news, []
+        return news
+
     def complete(self, work: Work, sampled: list[Sampled | None]) -> list[Output]:
         """Take the tokens that the work has drawn; who has ended gives everything back."""
         assert len(sampled) == len(work.chunks), f"{len(sampled)} for {len(work.chunks)} chunks"
@@ -102,13 +162,15 @@ class Scheduler:
             if request.finish is not None:
                 continue  # aborted meanwhile
             if chunk.sampling is None:
+                outputs.append(output_of(request))
                 if request.reading and request.computed == len(request.tokens):
                     request.finish = "stop"
                     self._retire(request)
-                outputs.append(output_of(request))
                 continue
             assert drawn is not None, f"no token was drawn for {request.id}"
             if drawn.token < 0:
+                if self.checkpoints is not None:
+                    self.checkpoints.disown(request)
                 outputs.append(self._fail(request, "logits were not finite"))
                 continue
             request.append(drawn.token)
@@ -160,21 +222,26 @@ class Scheduler:
         Who waits for a checkpoint of another is passed by.
         """
         admitted = []
+        readers = (*self.running.values(), *self.swapped.values())
         for request in [*reversed(self.swapped.values()), *self.waiting.values()]:
-            if not self._slot():
+            if not self.admission.slot():
                 break
             found = None
             if request.id in self.waiting:
-                if self._waits(request):
+                if self.admission.waits(request):
                     continue
                 found = self.checkpoints.find(request) if self.checkpoints else None
-                if self._defer(request, found):
+                if self.admission.defer(request, found, readers):
                     continue
-            if not self._fits(request, found):
+                if request.reading and found and found.position == request.prompt_length:
+                    request.finish, request.cached = "stop", found.position
+                    self._retire(request, found)
+                    continue
+            if not self.admission.fits(request, found):
                 if self.running:
                     break
                 # it takes all there is on the device, what its own checkpoint holds as well
-                assert self._fits(request, None), "an empty engine has room for anyone"
+                assert self.admission.fits(request, None), "an empty engine has room for anyone"
                 found = self.checkpoints.find(request) if self.checkpoints else None
             if request.id in self.swapped:
                 del self.swapped[request.id]
@@ -187,42 +254,10 @@ class Scheduler:
                 request.started = now
                 admitted.append(request)
             self.running[request.id] = request
+            readers = (*readers, request)
+        if self.checkpoints is not None:
+            self.checkpoints.settle()
         return admitted
-
-    def _slot(self) -> bool:
-        """Whether a slot is free, or becomes free of a checkpoint."""
-        return self.holdings.slots.free > 0 or (
-            self.checkpoints is not None and bool(self.checkpoints.tiers.device)
-        )
-
-    def _waits(self, request: Request) -> bool:
-        """Whether another is still on its way to the position that this one waits for."""
-        if request.waits is not None:
-            reader, position = request.waits
-            if reader.finish is None and position in reader.wanted:
-                return True
-            request.waits = None
-        return False
-
-    def _defer(self, request: Request, found: Checkpoint | None) -> bool:
-        """Let a request wait when another reads what it begins with."""
-        if self.checkpoints is not None:
-            readers = (*self.running.values(), *self.swapped.values())
-            request.waits = self.checkpoints.twin(request, found, readers)
-        return request.waits is not None
-
-    def _fits(self, request: Request, found: Checkpoint | None) -> bool:
-        """Whether there is a slot and blocks for all of it, once checkpoints have made room."""
-        need = self.holdings.lacking(request)
-        if self.holdings.block_size:
-            need += sum(self.holdings.lacking(other) for other in self.running.values())
-        if self.checkpoints is not None:
-            need -= self.checkpoints.tiers.shared(found)
-            self.checkpoints.tiers.spared = found
-        while not self.holdings.slots.free or self.holdings.blocks.free < need:
-            if not self._evict():
-                return False
-        return True
 
     def _pack(self) -> dict[str, int]:
         """How many tokens of whom: one token of all who have one left, then prompts in order.
@@ -259,7 +294,7 @@ class Scheduler:
         wish = min(request.remaining, budget)
         if request.wanted:
             wish = min(wish, request.wanted[0] - request.computed)
-        while (count := self.holdings.reach(request, wish)) < wish and self._evict():
+        while (count := self.holdings.reach(request, wish)) < wish and self.admission.evict():
             pass
         return count
 
@@ -269,24 +304,22 @@ class Scheduler:
         self.swapped[request.id] = request
         self.preemptions += 1
 
-    def _evict(self) -> bool:
-        return self.checkpoints is not None and self.checkpoints.evict()
-
     def _fail(self, request: Request, error: str) -> Output:
         request.finish = "error"
-        if self.checkpoints is not None:
-            self.checkpoints.disown(request)
         self._retire(request)
         return output_of(request, error=error)
 
-    def _retire(self, request: Request) -> None:
-        """The one way out, whatever the end."""
+    def _retire(self, request: Request, kept: Checkpoint | None = None) -> None:
+        """The one way out, whatever the end. `kept` is the checkpoint that is all a read asks."""
         if self.swapped.pop(request.id, None) is not None and request.computed:
             self._copies.append(Copy(saved(request), None))
         self.waiting.pop(request.id, None)
         ran = self.running.pop(request.id, None) is not None
-        if ran and self.checkpoints is not None and request.finish in ("stop", "length"):
-            self.checkpoints.inherit(request)
+        done = request.finish in ("stop", "length")
+        if ran and done and self.checkpoints is not None:
+            kept = self.checkpoints.inherit(request)
+        if done and request.reading and self.states is not None:
+            self.states.keep(request, kept)
         self.holdings.release(request)
 
     def _announce(self, work: Work) -> list[Output]:

@@ -8,10 +8,10 @@ listed here, in an order that is right when they are carried out in that order.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from model.chunk import Capacity, Copy, Place
+from model.chunk import Capacity, Copy, Image, Place
 from server.engine.chain import Block
 from server.engine.request import Request
 from server.engine.slots import Holdings
@@ -21,12 +21,14 @@ from server.engine.slots import Holdings
 class Checkpoint:
     """A state at an exact position of a sequence, in one tier or several.
 
-    `block` is where it hangs in the tree. While pins > 0 the host may not give it up.
+    `block` is where it hangs in the tree. While pins > 0 the host may not give it up. `salt` is a
+    digest.
     """
 
     number: int
     key: str
     position: int
+    salt: str = ""
     block: Block[Checkpoint] | None = None
     slot: int | None = None
     blocks: list[int] = field(default_factory=list)
@@ -58,6 +60,7 @@ class Tiers:
         self.host: dict[Checkpoint, None] = {}
         self._blocks: Counter[int] = Counter()  # KV blocks and how many checkpoints hold each
         self.copies = copies  # shared with all who list copies: their order counts
+        self.spill: Callable[[Checkpoint], None] | None = None  # before the host gives one up
         self.spared: Checkpoint | None = None  # about to be given to someone: stays where it is
         self.lost: list[Checkpoint] = []  # given up, for whoever keeps an index
 
@@ -84,7 +87,7 @@ class Tiers:
         if self.holdings.slots.free or self.evict():
             checkpoint.slot = self.holdings.slots.take(checkpoint.name)
             self._share_blocks(checkpoint, request)
-            self.copies.append(Copy(self.holdings.here(request), self._here(checkpoint), True))
+            self.copies.append(Copy(self.holdings.here(request), self.here(checkpoint), True))
             self.device[checkpoint] = None
             return True
         return self._to_host(checkpoint, self.holdings.here(request))
@@ -108,14 +111,14 @@ class Tiers:
         request.computed = checkpoint.position
         here = self.holdings.here(request)
         if checkpoint.slot is not None:
-            self.copies.append(Copy(self._here(checkpoint), here, True))
+            self.copies.append(Copy(self.here(checkpoint), here, True))
         else:
             assert checkpoint.on_host
-            self.copies.append(Copy(self._saved(checkpoint), here, True))
+            self.copies.append(Copy(self.saved(checkpoint), here, True))
             if self.holdings.slots.free:  # the next one will not have to fetch it again
                 checkpoint.slot = self.holdings.slots.take(checkpoint.name)
                 self._share_blocks(checkpoint, request)
-                self.copies.append(Copy(here, self._here(checkpoint), True))
+                self.copies.append(Copy(here, self.here(checkpoint), True))
                 self.device[checkpoint] = None
         self.touch(checkpoint)
 
@@ -124,11 +127,35 @@ class Tiers:
         for checkpoint in self.device:
             if checkpoint is not self.spared:
                 if not checkpoint.on_host:
-                    self._to_host(checkpoint, self._here(checkpoint))
+                    self._to_host(checkpoint, self.here(checkpoint))
                 self._leave_device(checkpoint)
                 self._account(checkpoint)
                 return True
         return False
+
+    def hold(self, checkpoint: Checkpoint, *, force: bool = False) -> bool:
+        """See that it lies on the host, if need be beyond the budget; whether it does."""
+        if checkpoint.on_host:
+            return True
+        if self._to_host(checkpoint, self.here(checkpoint)):
+            return True
+        if force:
+            self.copies.append(Copy(self.here(checkpoint), self.saved(checkpoint), True))
+            self._enter_host(checkpoint)
+        return force
+
+    def receive(self, checkpoint: Checkpoint, image: Image, *, force: bool = False) -> bool:
+        """Put a state from outside on the host; whether there is room."""
+        if not self._host_room(self.bytes_of(checkpoint.position)) and not force:
+            return False
+        place = Place(image=image, position=checkpoint.position)
+        self.copies.append(Copy(place, self.saved(checkpoint)))
+        self._enter_host(checkpoint)
+        return True
+
+    def trim(self) -> None:
+        """Come back within the budget of the host, after a pin is gone."""
+        self._host_room(0)
 
     def shared(self, checkpoint: Checkpoint | None) -> int:
         """How many KV blocks a request need not take that begins with the checkpoint."""
@@ -151,7 +178,7 @@ class Tiers:
         assert self.host_bytes == sum(self.bytes_of(c.position) for c in self.host)
         assert self._blocks == Counter(block for c in self.device for block in c.blocks)
         pinned = sum(self.bytes_of(c.position) for c in self.host if c.pins)
-        assert self.host_bytes <= max(self.host_budget, pinned)
+        assert self.host_bytes - pinned <= self.host_budget
 
     def _share_blocks(self, checkpoint: Checkpoint, request: Request) -> None:
         blocks = request.blocks[: self.holdings.blocks_for(checkpoint.position)]
@@ -163,7 +190,7 @@ class Tiers:
         size = self.bytes_of(checkpoint.position)
         if not self._host_room(size):
             return False
-        self.copies.append(Copy(source, self._saved(checkpoint), True))
+        self.copies.append(Copy(source, self.saved(checkpoint), True))
         self._enter_host(checkpoint)
         return True
 
@@ -187,6 +214,8 @@ class Tiers:
             leaving.append(checkpoint)
             free += self.bytes_of(checkpoint.position)
         for checkpoint in leaving:
+            if self.spill is not None and checkpoint.slot is None:
+                self.spill(checkpoint)
             self._leave_host(checkpoint)
             self._account(checkpoint)
         return True
@@ -203,7 +232,7 @@ class Tiers:
         del self.device[checkpoint]
 
     def _leave_host(self, checkpoint: Checkpoint) -> None:
-        self.copies.append(Copy(self._saved(checkpoint), None))
+        self.copies.append(Copy(self.saved(checkpoint), None))
         checkpoint.on_host = False
         del self.host[checkpoint]
         self.host_bytes -= self.bytes_of(checkpoint.position)
@@ -212,10 +241,12 @@ class Tiers:
         if checkpoint.gone:
             self.lost.append(checkpoint)
 
-    def _here(self, checkpoint: Checkpoint) -> Place:
+    def here(self, checkpoint: Checkpoint) -> Place:
+        """Its place on the device."""
         return Place(
             slot=checkpoint.slot, blocks=tuple(checkpoint.blocks), position=checkpoint.position
         )
 
-    def _saved(self, checkpoint: Checkpoint) -> Place:
+    def saved(self, checkpoint: Checkpoint) -> Place:
+        """Its place on the host."""
         return Place(key=checkpoint.name, position=checkpoint.position)

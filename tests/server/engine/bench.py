@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from model.chunk import Capacity, Sampling
 from server.engine.scheduler import Scheduler
 from server.engine.work import Work
-from server.protocol import Generate, Output, pack_tokens, unpack_tokens
-from tests.server.fake_engine import FakeRunner, next_token
+from server.protocol import (
+    Export,
+    Fetch,
+    Generate,
+    Import,
+    Output,
+    Pin,
+    Read,
+    Reply,
+    pack_tokens,
+    unpack_tokens,
+)
+from tests.server.fake_engine import LAYOUT, FakeRunner, next_token
 
 VOCAB = 97
 
 
 def capacity(**fields: Any) -> Capacity:
-    return Capacity(**({"slots": 4, "state_bytes": 8, "vocab_size": VOCAB} | fields))
+    standard = {"slots": 4, "state_bytes": 8, "vocab_size": VOCAB, "slot_layout": LAYOUT}
+    return Capacity(**(standard | fields))
 
 
 def generate(
@@ -60,17 +73,18 @@ class Bench:
 
     def __init__(
         self, *, max_step_tokens: int = 64, caching: bool = False, host_bytes: int = 0,
-        **fields: Any,
+        directory: Path | None = None, disk_bytes: int = 1 << 30, **fields: Any,
     ) -> None:  # fmt: skip
         self.runner = FakeRunner(capacity=capacity(**fields), max_step_tokens=max_step_tokens)
         self.scheduler = Scheduler(
             self.runner.capacity, max_step_tokens=max_step_tokens, caching=caching,
-            host_bytes=host_bytes,
+            host_bytes=host_bytes, directory=directory, disk_bytes=disk_bytes,
         )  # fmt: skip
+        self.replies: dict[str, Reply] = {}
         self.outputs: dict[str, list[Output]] = {}
         self.now = 0
 
-    def add(self, *messages: Generate) -> None:
+    def add(self, *messages: Generate | Read) -> None:
         for message in messages:
             self.scheduler.add(message)
 
@@ -80,27 +94,44 @@ class Bench:
     def step(self) -> Work:
         """One step, and the integrity of everything after it."""
         self.now += 1
+        expecting = self.scheduler.expecting
+        if expecting and self.scheduler.checkpoints is not None:
+            self.scheduler.checkpoints.jobs.wait()
         work = self.scheduler.schedule(float(self.now))
         self.runner.copy(work.copies)
+        self.scheduler.copied()
         if work.chunks:
             self.gather(self.scheduler.complete(work, self.runner.step(work.chunks)))
         else:
-            assert self.scheduler.idle, "there is work and none is done"
+            expecting |= self.scheduler.expecting
+            assert self.scheduler.idle or expecting, "there is work and none is done"
+        for news in self.scheduler.news():
+            if isinstance(news, Output):
+                self.gather([news])
+            else:
+                self.replies[news.id] = news
         self.scheduler.check_integrity()
         return work
 
     def finish(self, limit: int = 10_000) -> int:
         """Step until idle; how many steps that took."""
         steps = 0
-        while not self.scheduler.idle:
+        while not self.scheduler.idle or self.scheduler.expecting or self.scheduler.pressing:
+            steps += not self.scheduler.idle
             self.step()
-            steps += 1
             assert steps < limit, "no end in sight"
         self.step()
         cache = self.scheduler.checkpoints
         kept = {c.name for c in cache.tiers.host} if cache is not None else set()
         assert set(self.runner.saved) == kept, "states are left on the host"
         return steps
+
+    def call(self, message: Pin | Fetch | Export | Import) -> Reply | None:
+        """Carry out a message about a state, and the answer if there is one."""
+        assert self.scheduler.states is not None
+        self.scheduler.states.call(message)
+        self.finish()
+        return None if isinstance(message, Pin) else self.replies.pop(message.id)
 
     def gather(self, outputs: list[Output]) -> None:
         for output in outputs:

@@ -8,9 +8,9 @@ from random import Random
 
 import pytest
 
-from server.engine.chain import BLOCK, Block, Chain, Tree, common, root_digest, shared
+from server.engine.chain import BLOCK, Block, Chain, Tree, common, root_of, shared
 
-ROOT = root_digest("model", "")
+ROOT = root_of("model", "float32", "")
 
 
 @dataclass(eq=False)
@@ -34,7 +34,11 @@ def test_a_key_names_a_prefix_under_model_and_salt(size: int):
     assert key == chain(tokens[:size] + [7] * 300).key(size)
     assert key != chain(tokens).key(size - 1)
     assert key != chain([*tokens[: size - 1], tokens[size - 1] + 1, *tokens[size:]]).key(size)
-    for other in (root_digest("model", "salt"), root_digest("other", ""), root_digest("", "model")):
+    for other in (
+        root_of("model", "float32", "salt"),
+        root_of("other", "float32", ""),
+        root_of("model", "", "float32"),
+    ):
         assert key != chain(tokens, other).key(size)
 
 
@@ -53,7 +57,7 @@ def test_where_two_sequences_part(at: int):
     assert shared(chain(one), chain(other)) == at
     assert shared(chain(one), chain(one[:at])) == at
     assert common(array("i", one).tobytes(), array("i", other).tobytes()) == at
-    assert shared(chain(one), chain(one, root_digest("model", "s"))) == 0
+    assert shared(chain(one), chain(one, root_of("model", "float32", "s"))) == 0
 
 
 def test_leaves_are_found_and_go_with_their_blocks():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from server.engine.checkpoints import LEAST, grid, plan, spacing
+from server.engine.positions import LEAST, grid, plan, spacing
 from server.protocol import Generate
 from tests.server.engine.bench import VOCAB, Bench, alone, counts, generate
 
@@ -180,14 +180,18 @@ def test_every_query_is_a_hit_or_has_a_reason():
 
 
 def test_a_lost_step_leaves_no_checkpoint():
+    """The next one was scheduled already, and has copied what the lost one left."""
     bench = caching(max_step_tokens=64)
     bench.add(generate("a", words(200, 1), 5, boundaries=[64, 128]))
     bench.step()
-    work = bench.scheduler.schedule(9.0)
-    bench.runner.copy(work.copies)  # of what the first step left, at 64
-    bench.gather(bench.scheduler.fail(work, "lost"))
+    work, after = bench.scheduler.schedule(8.0), bench.scheduler.schedule(9.0)
     cache = bench.scheduler.checkpoints
-    assert not cache.tiers.device and not cache.tiers.host
+    assert {c.position for c in cache.tiers.device} == {64, 128}
+    bench.runner.copy(work.copies)
+    bench.runner.step(work.chunks)
+    bench.runner.copy(after.copies)
+    bench.gather(bench.scheduler.fail(work, "lost"))
+    assert {c.position for c in cache.tiers.device} == {64}
     bench.finish()
 
 
