@@ -19,7 +19,8 @@ class Generate(msgspec.Struct, tag=True, kw_only=True):
     Generation ends with reason "stop" when an id of stop_token_ids is drawn (not before
     min_tokens, until when these ids are suppressed), with "length" at max_tokens or at the
     model's maximum length. Checkpoints are shared among prompts of one salt; boundaries are the
-    positions where messages end. With `base`, the tokens follow those of the state of that key.
+    positions where messages end. With `base`, the tokens follow those of the state of that key,
+    less the last `drop` of these.
     """
 
     id: str
@@ -31,18 +32,20 @@ class Generate(msgspec.Struct, tag=True, kw_only=True):
     salt: str = ""
     boundaries: list[int] = []
     base: str = ""
+    drop: int = 0
 
 
 class Read(msgspec.Struct, tag=True, kw_only=True):
     """Fold tokens into a state and keep it: on the shelf where there is one, else pinned on the
     host until a Pin takes that back. The last Output says which state it is.
 
-    With `base`, what is read follows the state of that key; its last `drop` tokens are read anew.
+    `base` and `drop` are as in Generate. salt_digest may stand for a salt that is not known.
     """
 
     id: str
     tokens: bytes
     salt: str = ""
+    salt_digest: str = ""
     boundaries: list[int] = []
     base: str = ""
     drop: int = 0

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.choice import Piece, TokenChoice
+from server.api.continuing import after_messages, opened
 from server.api.disconnect import unless_disconnected
 from server.api.generate import Generation, Prompt, options_of, start
 from server.api.logs import Record
@@ -34,14 +35,14 @@ async def chat(request: Request, service: TheService) -> Response:
         "system_fingerprint": service.capacity.fingerprint or None,
     }
     if body.stream:
-        generation = await unless_disconnected(request, _begin(service, body, record))
+        generation = await unless_disconnected(request, _begin(service, body, request))
         return EventStream(
             _chunks(body, head, generation),
             generation,
             record,
             keepalive_seconds=service.settings.keepalive_seconds,
         )
-    return JSON(await unless_disconnected(request, _whole(service, body, head, record)))
+    return JSON(await unless_disconnected(request, _whole(service, body, head, request)))
 
 
 async def encode_messages(service: Service, body: TemplateBody, messages: list[Message]) -> Prompt:
@@ -57,21 +58,25 @@ async def encode_messages(service: Service, body: TemplateBody, messages: list[M
     return Prompt(tokens, boundaries=service.tokenizer.boundaries(tokens))
 
 
-async def _begin(service: Service, body: ChatBody, record: Record) -> Generation:
-    prompt = await encode_messages(service, body, body.messages)
+async def _begin(service: Service, body: ChatBody, request: Request) -> Generation:
+    if body.context is None:
+        prompt = await encode_messages(service, body, body.messages)
+    else:
+        context = await opened(service, body.context, request.state.owner, salt=body.cache_salt)
+        prompt = await after_messages(service, context, body)
     options = options_of(
         body,
         service,
         max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    return start(service, [prompt], options, record)
+    return start(service, [prompt], options, request.state.record)
 
 
 async def _whole(
-    service: Service, body: ChatBody, head: Mapping[str, Any], record: Record
+    service: Service, body: ChatBody, head: Mapping[str, Any], request: Request
 ) -> dict[str, Any]:
-    generation = await _begin(service, body, record)
+    generation = await _begin(service, body, request)
     try:
         pieces = await generation.complete()
     finally:

@@ -221,6 +221,7 @@ class ChatBody(GenerationBody, TemplateBody):
     """POST /v1/chat/completions."""
 
     messages: Messages
+    context: Name | None = None
     max_completion_tokens: int | None = Field(None, ge=1, le=limits.MAX_TOKENS)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=limits.MAX_TOP_LOGPROBS)
@@ -249,6 +250,7 @@ class CompletionBody(GenerationBody):
     refused = {name: value for name, value in UNSUPPORTED.items() if name != "echo"}
 
     prompt: list[str] | list[list[int]]
+    context: Name | None = None
     max_tokens: int = Field(16, ge=1, le=limits.MAX_TOKENS)
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool = False
@@ -300,3 +302,45 @@ class DetokenizeBody(Body):
 
     model: Name | None = None
     tokens: list[TokenId] = Field(fail_fast=True)
+
+
+class ContextBody(TemplateBody):
+    """POST /v1/contexts: text, parts of text, or messages; and POST /v1/contexts/{id}/append."""
+
+    refused = {}
+
+    model: Name | None = None
+    name: Name | None = Field(None, min_length=1)
+    ttl: int | None = Field(None, ge=1, le=limits.MAX_TOKENS)
+    cache_salt: Salt | None = None
+    text: str | None = None
+    messages: Messages | None = None
+
+    @field_validator("text", mode="before")
+    @classmethod
+    def _joined(cls, value: Any) -> Any:
+        """Parts of a text become one: so it is tokenised as if it had come in one."""
+        parts = [value] if isinstance(value, str) else value
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            raise ValueError("must be a string or a list of strings")
+        if not any(parts):
+            raise ValueError("must not be empty")
+        return "".join(parts)
+
+    @model_validator(mode="after")
+    def _either(self) -> Self:
+        if (self.text is None) == (self.messages is None):
+            raise ValueError("text or messages is needed, exactly one of them")
+        for name in ("add_generation_prompt", "continue_final_message"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is not for contexts: what follows decides")
+        return self
+
+
+class ForkBody(Body):
+    """POST /v1/contexts/{id}/fork."""
+
+    refused = {}
+
+    name: Name | None = Field(None, min_length=1)
+    ttl: int | None = Field(None, ge=1, le=limits.MAX_TOKENS)

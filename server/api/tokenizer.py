@@ -102,6 +102,29 @@ class Tokenizer:
         ends: list[int] = (numpy.flatnonzero(ids == self.template.closing) + 1).tolist()
         return ends
 
+    async def encode_after(self, tail: array[int], text: str) -> tuple[int, array[int]]:
+        """How text goes on after tokens: how many of these become others, and all that follow.
+
+        The end of what was there is encoded again together with the text. Where it does not come
+        out as the tokens that were there, text begins with a token of its own.
+        """
+
+        def work() -> tuple[int, array[int]]:
+            for start in range(min(8, len(tail))):
+                before = tail[start:]
+                begin = self.decode(before)
+                if self._encode(self._backend, begin, False) != before:
+                    continue
+                whole = self._encode(self._backend, begin + text, False)
+                same = next(
+                    (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b),
+                    min(len(before), len(whole)),
+                )
+                return len(before) - same, whole[same:]
+            return 0, self._encode(self._backend, text, False)
+
+        return await self.run(work)
+
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of ids, all at once."""
         return self._backend.decode(list(tokens), skip_special_tokens=skip_special_tokens)

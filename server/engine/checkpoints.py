@@ -12,7 +12,7 @@ from pathlib import Path
 
 from model.chunk import Capacity, Copy
 from server.engine.archive import State
-from server.engine.chain import Block, Chain, Tree, root_of, salt_digest, shared
+from server.engine.chain import Block, Chain, Tree, root_of, shared
 from server.engine.disk import Disk
 from server.engine.jobs import Jobs
 from server.engine.positions import LEAST, plan, spacing
@@ -62,8 +62,7 @@ class Checkpoints:
     def begin(self, request: Request) -> None:
         """Give a request that has arrived its chain."""
         if request.chain is None:
-            salt = request.salt = salt_digest(request.salt)
-            root = root_of(self.capacity.fingerprint, self.capacity.dtype, salt)
+            root = root_of(self.capacity.fingerprint, self.capacity.dtype, request.salt)
             request.chain = Chain(root, request.tokens)
 
     def get(self, key: str) -> Checkpoint | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from model.chunk import Sampling
-from server.engine.chain import BLOCK, Block, Chain
+from server.engine.chain import BLOCK, Block, Chain, salt_digest
 from server.protocol import Generate, Read, unpack_tokens
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Request:
     sampling: Sampling
     min_tokens: int = 0
     stop_ids: tuple[int, ...] = ()
-    salt: str = ""
+    salt: str = ""  # its digest
     boundaries: tuple[int, ...] = ()  # positions where messages end
     reading: bool = False
 
@@ -105,7 +105,7 @@ def accept(
     reading = isinstance(message, Read)
     tokens, chain = new, None
     if base is not None:
-        kept = len(base.tokens) - (message.drop if isinstance(message, Read) else 0)
+        kept = len(base.tokens) - message.drop
         if kept < 0:
             raise ValueError(f"drop: more than the {len(base.tokens)} tokens before")
         tokens = base.tokens[:kept] + new
@@ -118,13 +118,14 @@ def accept(
     if len(new):
         ids = numpy.frombuffer(message.tokens, dtype="<i4")
         _check_ids("tokens", int(ids.min()), int(ids.max()), vocab_size)
+    digest = message.salt_digest if isinstance(message, Read) else ""
     request = Request(
         id=message.id,
         tokens=tokens,
         prompt_length=length,
         length_limit=length,
         sampling=READING,
-        salt=message.salt,
+        salt=digest or salt_digest(message.salt),
         boundaries=tuple(message.boundaries),
         reading=reading,
         chain=chain,

@@ -89,7 +89,7 @@ class Scheduler:
         """Queue a request. ValueError: something in it is impossible."""
         assert message.id not in self, f"{message.id} is under way"
         base: Chain | None = None
-        salt = message.salt
+        salt = ""
         if message.base or isinstance(message, Read):
             if self.states is None:
                 raise ValueError("prefix_caching is off")
@@ -100,7 +100,7 @@ class Scheduler:
                     return
                 base, salt = found
         request = accept(message, max_length=self.max_length, vocab_size=self.vocab_size, base=base)
-        request.salt = salt
+        request.salt = salt or request.salt
         if self.checkpoints is not None:
             self.checkpoints.begin(request)
         self.waiting[request.id] = request
