@@ -22,6 +22,7 @@ from server.engine.request import Request
 from server.engine.tiers import Checkpoint
 from server.protocol import Export, Fetch, Generate, Import, Output, Pin, Read, Reply, Trouble
 
+CHAINS = 4  # sequences of bases that are kept in one piece
 GONE = Trouble(410, "the state is gone")
 
 
@@ -33,6 +34,7 @@ class States:
         self.news: list[Output | Reply] = []
         self._arriving: dict[str, Generate | Read] = {}  # whose base is on its way from the disk
         self._securing: dict[str, Request] = {}  # reads whose state is not safe yet
+        self._chains: dict[str, Chain] = {}  # of bases that were used last
         self._exports: list[tuple[Export, Checkpoint, Image]] = []
 
     def __contains__(self, id: str) -> bool:
@@ -44,7 +46,11 @@ class States:
         if checkpoint is None:
             return None
         self.checkpoints.tiers.touch(checkpoint)
-        return self.checkpoints.chain(checkpoint), checkpoint.salt
+        chain = self._chains.pop(key, None) or self.checkpoints.chain(checkpoint)
+        self._chains[key] = chain
+        while len(self._chains) > CHAINS:
+            del self._chains[next(iter(self._chains))]
+        return chain, checkpoint.salt
 
     def arrive(self, message: Generate | Read, add: Callable[[Generate | Read], None]) -> None:
         """Add a request once its base was brought from the disk. ValueError: it is not there."""

@@ -73,9 +73,12 @@ class Bench:
 
     def __init__(
         self, *, max_step_tokens: int = 64, caching: bool = False, host_bytes: int = 0,
-        directory: Path | None = None, disk_bytes: int = 1 << 30, **fields: Any,
+        directory: Path | None = None, disk_bytes: int = 1 << 30, runner: Any = None,
+        **fields: Any,
     ) -> None:  # fmt: skip
-        self.runner = FakeRunner(capacity=capacity(**fields), max_step_tokens=max_step_tokens)
+        self.runner = runner or FakeRunner(
+            capacity=capacity(**fields), max_step_tokens=max_step_tokens, keep_steps=True
+        )
         self.scheduler = Scheduler(
             self.runner.capacity, max_step_tokens=max_step_tokens, caching=caching,
             host_bytes=host_bytes, directory=directory, disk_bytes=disk_bytes,

@@ -314,3 +314,48 @@ def test_plans():
     many = planned(50_000, boundaries=range(50, 50_000, 50))
     assert len(many) < 120 and many[0] == 50
     assert many[-3:] == [49_900, 49_950, 49_999]
+
+
+@pytest.mark.parametrize("slots", [64, 12])
+def test_many_users_over_few_documents_read_each_token_once(slots: int):
+    """64 users of 8 turns over 16 documents, four of each at a time: at most 5 % is read twice."""
+    rng = Random(1)
+    bench = caching(slots=slots, max_step_tokens=512, host_bytes=1 << 26)
+    documents = [words(4000, 100 + n) for n in range(16)]
+    talks = [[*documents[n % 16], 96] for n in range(64)]  # 96 ends a message
+    turns = [0] * 64
+    asked: dict[str, int] = {}
+    generated: set[int] = set()  # prefixes whose last token was drawn, not read
+    unique: set[int] = set()
+
+    def ask_next(user: int) -> None:
+        talk = talks[user]
+        talk += [*words(rng.randrange(20, 80), 1000 * user + turns[user]), 96]
+        ends = [at + 1 for at, token in enumerate(talk) if token == 96]
+        id = f"{user}-{turns[user]}"
+        asked[id] = user
+        prefix = 0
+        for token in [*talk, 5]:
+            prefix = hash((prefix, token))
+            unique.add(prefix)
+        bench.add(generate(id, [*talk, 5], rng.randrange(5, 40), boundaries=ends))
+
+    for user in range(64):
+        ask_next(user)
+    while asked:
+        bench.step()
+        for id in [id for id in asked if bench.finish_of(id)]:
+            user = asked.pop(id)
+            talks[user] += [5, *bench.tokens(id)[:-1]]
+            prefix = 0
+            for at, token in enumerate(talks[user]):
+                prefix = hash((prefix, token))
+                if at >= len(talks[user]) - len(bench.tokens(id)) + 1:
+                    generated.add(prefix)
+            talks[user].append(96)
+            turns[user] += 1
+            if turns[user] < 8:
+                ask_next(user)
+    read = sum(len(chunk.tokens) for step in bench.runner.steps for chunk in step if chunk.prompt)
+    needed = len(unique - generated)
+    assert 16 * 4000 < needed <= read <= 1.05 * needed, read / needed
