@@ -106,9 +106,10 @@ class Loop:
     def turn(self, idle_seconds: float = 0.0) -> None:
         """Read the inbox, waiting only when idle; compute one step; publish what it brought."""
         outputs: list[Output] = []
-        for data in self.line.receive(self._patience(idle_seconds)):
+        messages = self.line.receive(self._patience(idle_seconds))
+        for data in messages:
             outputs += self._read(data)
-        if self.scheduler.idle and not self.scheduler.expecting:
+        if not messages and self.scheduler.idle and not self.scheduler.expecting:
             self.scheduler.rest()
         work = self.scheduler.schedule(self.clock())
         if work.copies:
