@@ -6,12 +6,10 @@ An extension of OpenAI's API; docs/contexts.md describes it.
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import time
 from array import array
 from collections.abc import Mapping
-from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Depends, Request
@@ -21,12 +19,12 @@ from starlette.responses import FileResponse, Response
 from server.api import exchange
 from server.api.continuing import opened, trouble_of, whole
 from server.api.disconnect import unless_disconnected
+from server.api.reading import ForkBody, body_of, read
 from server.api.registry import TAIL, Record
-from server.api.schemas import ContextBody, ForkBody
 from server.api.service import Service, TheService
 from server.api.stream import JSON
-from server.errors import ContextLengthError, GenerationError, RequestError
-from server.protocol import Read, State, pack_tokens
+from server.errors import RequestError
+from server.protocol import Read, pack_tokens
 
 
 async def _enabled(service: TheService) -> None:
@@ -40,7 +38,7 @@ router = APIRouter(dependencies=[Depends(_enabled)])
 @router.post("/v1/contexts")
 async def create(request: Request, service: TheService) -> Response:
     """Read text or messages once; answers when the state is kept."""
-    body = await _body(request, service)
+    body = await body_of(request, service)
     service.check_model(body.model)
     messages = None
     if body.messages is not None:
@@ -55,13 +53,13 @@ async def create(request: Request, service: TheService) -> Response:
         template, boundaries = {}, []
         special = body.add_special_tokens is not False
         tokens = await service.tokenizer.encode(body.text or "", add_special_tokens=special)
-    read = Read(
+    message = Read(
         id=secrets.token_hex(12),
         tokens=pack_tokens(tokens),
         salt=body.cache_salt or "",
         boundaries=boundaries,
     )
-    state, cached = await unless_disconnected(request, _read(service, read, len(tokens)))
+    state, cached = await unless_disconnected(request, read(service, message, len(tokens)))
     record = Record(
         id="ctx_" + secrets.token_hex(12),
         key=state.key,
@@ -146,7 +144,7 @@ async def fork(id: str, request: Request, service: TheService) -> Response:
 @router.post("/v1/contexts/{id}/append")
 async def append(id: str, request: Request, service: TheService) -> Response:
     """Read more behind a context, which then is all of it. Nothing bounds the sum."""
-    body = await _body(request, service)
+    body = await body_of(request, service)
     for field in ("name", "cache_salt", "add_special_tokens"):
         if getattr(body, field) is not None:
             raise RequestError(f"{field} is set when a context is made, not later", param=field)
@@ -173,11 +171,11 @@ async def append(id: str, request: Request, service: TheService) -> Response:
         drop, tokens = await service.tokenizer.encode_after(before, body.text or "")
         count = record.count - drop + len(tokens)
         tail = (before[: len(before) - drop] + tokens)[-TAIL:]
-    read = Read(
+    message = Read(
         id=secrets.token_hex(12), tokens=pack_tokens(tokens), base=base, drop=drop,
         boundaries=boundaries, salt_digest=record.salt,
     )  # fmt: skip
-    state, cached = await unless_disconnected(request, _read(service, read, count))
+    state, cached = await unless_disconnected(request, read(service, message, count))
     expires = _expiry(body.ttl) if body.ttl is not None else record.expires
     grown = msgspec.structs.replace(
         record, key=state.key, count=state.count, bytes=state.bytes, messages=messages,
@@ -199,59 +197,6 @@ async def file(id: str, request: Request, service: TheService) -> Response:
         filename=f"{record.id}.safetensors",
         background=BackgroundTask(path.unlink, missing_ok=True),
     )
-
-
-async def _body(request: Request, service: Service) -> ContextBody:
-    """A body of JSON, or lines of JSON: fields first, then parts of the text as they come."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind not in ("application/x-ndjson", "application/jsonl"):
-        return await service.read(request, ContextBody)
-    data = await request.body()
-    return await service.off_loop(len(data), lambda: ContextBody.parse(_joined(data)))
-
-
-def _joined(data: bytes) -> bytes:
-    """Lines as one body."""
-    fields: dict[str, Any] = {}
-    parts: list[object] = []
-    for number, line in enumerate(data.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except ValueError as error:
-            raise RequestError(f"line {number} is not valid JSON: {error}") from error
-        if not isinstance(item, dict):
-            raise RequestError(f"line {number} must be a JSON object")
-        if "text" in item:
-            parts.append(item.pop("text"))
-        elif parts:
-            raise RequestError(f"line {number} must have a text: fields come first", param="text")
-        fields.update(item)
-    return json.dumps({**fields, "text": parts}).encode()
-
-
-async def _read(service: Service, read: Read, count: int) -> tuple[State, int]:
-    """Have the engine read; the state that it keeps, and the tokens that it knew already."""
-    limit = service.capacity.max_model_len
-    if limit is not None and count > limit:
-        raise ContextLengthError(
-            f"this model's maximum context length is {limit} tokens, got {count}", param="text"
-        )
-    if not count:
-        raise RequestError("a context must have at least 1 token, got 0", param="text")
-    service.queue.admit(service.client, tokens=count)
-    cached = 0
-    async with service.client.submit(read) as stream:
-        async for output in stream:
-            cached = max(cached, output.cached)
-            if output.state is not None:
-                return output.state, cached
-            if output.finish is not None:
-                if output.trouble is not None:
-                    raise trouble_of(output.trouble)
-                raise GenerationError(output.error or "the engine gave this request up")
-    raise GenerationError("the engine gave this request up")
 
 
 async def _enter(service: Service, record: Record, *, instead: Record | None = None) -> None:

@@ -12,14 +12,15 @@ import secrets
 import time
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy
 
 from model.chunk import Tensor
 from server.api.continuing import trouble_of
-from server.api.registry import TAIL, Record, parsed_messages
+from server.api.limits import MAX_NAME_CHARS
+from server.api.registry import TAIL, Record
 from server.api.service import Service
 from server.engine import archive
 from server.engine.archive import ArchiveError
@@ -102,12 +103,27 @@ def _compose(source: Path, out: Path, record: Record) -> None:
         view.release()
 
 
+class _Template(msgspec.Struct, forbid_unknown_fields=True):
+    """How messages were rendered."""
+
+    add_special_tokens: bool = False
+    kwargs: dict[str, Any] = {}
+
+
 class _Context(msgspec.Struct, forbid_unknown_fields=True):
     """What a file's header says of the context."""
 
-    kind: str
-    name: str | None = None
-    template: dict[str, object] = {}
+    kind: Literal["text", "messages"]
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)] | None = None
+    template: _Template = msgspec.field(default_factory=_Template)
+
+
+class _Message(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """A message as chat templates know it."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | list[str] | None
+    name: Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)] | None = None
 
 
 def _fields(path: Path, limit: int) -> dict[str, Any]:
@@ -125,7 +141,8 @@ def _fields(path: Path, limit: int) -> dict[str, Any]:
             data = unpacking.decompress(file.read(end - begin), limit)
             if unpacking.unconsumed_tail:
                 raise ArchiveError(f"messages of more than max_body_bytes = {limit} bytes")
-            messages = parsed_messages(data)
+            parsed = msgspec.json.decode(data, type=list[_Message])
+            messages = [msgspec.to_builtins(message) for message in parsed]
         if context.kind != ("text" if messages is None else "messages"):
             raise ArchiveError(f"a context of {context.kind!r} and messages that do not fit it")
         if archive.TOKENS not in head.tensors:
@@ -140,6 +157,6 @@ def _fields(path: Path, limit: int) -> dict[str, Any]:
         "name": context.name,
         "kind": context.kind,
         "messages": messages,
-        "template": context.template,
+        "template": msgspec.to_builtins(context.template),
         "tail": tail.tolist(),
     }

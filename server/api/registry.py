@@ -7,9 +7,10 @@ one model that share the directory see it. Without a directory the registry is a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +72,7 @@ class Registry:
         self.directory = directory
         self._fingerprint = fingerprint
         self._records: dict[str, Record] = {}  # by file name, or by id without a directory
+        self._alone = threading.RLock()
 
     def get(self, id: str, owner: str) -> Record:
         """NotFoundError unless there is one, and it is this owner's."""
@@ -90,8 +92,9 @@ class Registry:
         """Enter a context, or its next state in place of one. ConflictError: its name is taken, or
         it is not what it was; GoneError: its state was given up meanwhile."""
         if self.directory is None:
-            self._put(record, instead)
-            self._records[record.id] = record
+            with self._alone:
+                self._put(record, instead)
+                self._records[record.id] = record
             return
         with locked(self.directory):
             self._put(record, instead)
@@ -158,7 +161,8 @@ class Registry:
         except (OSError, ValueError, msgspec.DecodeError) as error:
             assert self.directory is not None
             log.error("refused %s, put away: %s", path, error)
-            path.rename(self.directory / "quarantine" / f"{path.name}.{time.time_ns()}")
+            with contextlib.suppress(OSError):
+                path.rename(self.directory / "quarantine" / f"{path.name}.{time.time_ns()}")
             return None
 
     def _path(self, record: Record) -> Path:
@@ -169,11 +173,3 @@ class Registry:
 def owner_of(key: str) -> str:
     """An API key as records name it."""
     return hashlib.sha256(b"owner\0" + key.encode()).hexdigest()[:32]
-
-
-def parsed_messages(data: bytes) -> list[dict[str, Any]]:
-    """Messages out of a file. ValueError when they are none."""
-    messages = json.loads(data)
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise ValueError("messages that are none")
-    return messages

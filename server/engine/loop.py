@@ -109,16 +109,18 @@ class Loop:
         messages = self.line.receive(self._patience(idle_seconds))
         for data in messages:
             outputs += self._read(data)
-        if not messages and self.scheduler.idle and not self.scheduler.expecting:
-            self.scheduler.rest()
+        states = self.scheduler.states
+        if states is not None and not messages and self.scheduler.idle and not states.expecting:
+            states.rest()
         work = self.scheduler.schedule(self.clock())
         if work.copies:
             self.runner.copy(work.copies)
-            self.scheduler.copied()
+            if states is not None:
+                states.copied()
         self._stuck = not work.chunks
         if work.chunks:
             outputs += self._compute(work)
-        for news in self.scheduler.news():
+        for news in states.take_news() if states is not None else ():
             if isinstance(news, Output):
                 outputs.append(news)
             else:
@@ -132,7 +134,8 @@ class Loop:
         """How long to wait for messages: not at all while there is something to compute."""
         if self.scheduler.pressing or not (self.scheduler.idle or self._stuck):
             return 0.0
-        return FILE_SECONDS if self.scheduler.expecting else idle_seconds
+        states = self.scheduler.states
+        return FILE_SECONDS if states is not None and states.expecting else idle_seconds
 
     def stats(self, step_tokens: int = 0) -> Stats:
         """The gauges now; device memory is measured twice a second."""

@@ -17,7 +17,7 @@ from server.engine.slots import Holdings, saved
 from server.engine.states import States
 from server.engine.tiers import Checkpoint
 from server.engine.work import Work, chunk_of, output_of
-from server.protocol import Generate, Output, Read, Reply, Stats
+from server.protocol import Generate, Output, Read, Stats
 
 
 class Scheduler:
@@ -80,11 +80,6 @@ class Scheduler:
         """Whether copies are due, though nothing may be left to compute."""
         return bool(self._copies)
 
-    @property
-    def expecting(self) -> bool:
-        """Whether files are being read or written."""
-        return self.checkpoints is not None and len(self.checkpoints.jobs) > 0
-
     def add(self, message: Generate | Read) -> None:
         """Queue a request. ValueError: something in it is impossible."""
         assert message.id not in self, f"{message.id} is under way"
@@ -134,25 +129,6 @@ class Scheduler:
         copies = self._copies.copy()
         self._copies.clear()
         return Work(copies, chunks, requests, admitted)
-
-    def rest(self) -> None:
-        """Nothing is to be computed or expected: use the time."""
-        if self.checkpoints is not None and self.checkpoints.disk is not None:
-            self.checkpoints.disk.rest()
-
-    def copied(self) -> None:
-        """The copies of the last work were carried out, or listed to be, before anything else."""
-        if self.states is not None:
-            self.states.copied()
-            if self.states.checkpoints.disk is not None:
-                self.states.checkpoints.disk.copied()
-
-    def news(self) -> list[Output | Reply]:
-        """What has come of files since the last time."""
-        if self.states is None:
-            return []
-        news, self.states.news = self.states.news, []
-        return news
 
     def complete(self, work: Work, sampled: list[Sampled | None]) -> list[Output]:
         """Take the tokens that the work has drawn; who has ended gives everything back."""

@@ -40,6 +40,21 @@ class States:
     def __contains__(self, id: str) -> bool:
         return id in self._arriving or id in self._securing
 
+    @property
+    def expecting(self) -> bool:
+        """Whether files are being read or written."""
+        return len(self.checkpoints.jobs) > 0
+
+    def rest(self) -> None:
+        """Nothing is to be computed or expected: use the time."""
+        if self.checkpoints.disk is not None:
+            self.checkpoints.disk.rest()
+
+    def take_news(self) -> list[Output | Reply]:
+        """What has come of files since the last time."""
+        news, self.news = self.news, []
+        return news
+
     def base(self, key: str) -> tuple[Chain, str] | None:
         """The tokens of a state in memory, and the digest of its salt."""
         checkpoint = self.checkpoints.get(key)
@@ -106,6 +121,8 @@ class States:
         exports, self._exports = self._exports, []
         for message, checkpoint, image in exports:
             self._write(message, checkpoint, image)
+        if self.checkpoints.disk is not None:
+            self.checkpoints.disk.copied()
 
     def _fetch(self, message: Fetch) -> None:
         def then(trouble: Trouble | None) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 
 import httpx
 import openai
 import pytest
 
 from tests.server.api.checkpoint import write_checkpoint
-from tests.server.api.live import Live, in_thread
+from tests.server.api.live import Live, Process, in_thread
 
 TEXT = "All happy families are alike; every unhappy family is unhappy in its own way.\n"
 TALK = [
@@ -308,6 +311,42 @@ def test_it_outlives_the_server(checkpoint: Path, tmp_path: Path) -> None:
         assert broken.json()["error"]["code"] == "context_gone"
         assert list((tmp_path / "quarantine").iterdir())
         assert live.complete("a", max_tokens=1).status_code == 200
+
+
+def test_a_server_that_is_killed_has_lost_nothing_it_told(
+    launch: Callable[..., Process], tmp_path: Path
+) -> None:
+    """Killed at any moment while contexts are made, grown and deleted, and started again."""
+    rng, known = Random(3), {}
+    for _ in range(4):
+        process = launch(context_directory=str(tmp_path))
+        process.live.wait_ready()
+        live = process.live
+        there = {r["id"]: r["digest"] for r in live.http.get("/v1/contexts").json()["data"]}
+        assert all(there.get(id) == digest for id, (digest, _) in known.items())
+        for id, (_, text) in known.items():
+            warm = live.complete("So", max_tokens=5, temperature=0, context=id)
+            cold = live.complete(text + "So", max_tokens=5, temperature=0, cache_salt="cold")
+            assert texts(warm) == texts(cold) and usage(warm)[1] == len(text)
+        killer = threading.Timer(0.3 + rng.random(), process.process.kill)
+        killer.start()
+        doubtful = None
+        with contextlib.suppress(httpx.TransportError):
+            while True:
+                text = TEXT[: rng.randrange(20, len(TEXT))] + str(rng.random())
+                made = live.http.post("/v1/contexts", json={"text": text}).json()
+                known[made["id"]] = made["digest"], text
+                if rng.random() < 0.5:
+                    doubtful = made["id"]
+                    grown = live.http.post(
+                        f"/v1/contexts/{doubtful}/append", json={"text": "more"}
+                    ).json()
+                    known[doubtful] = grown["digest"], text + "more"
+                    doubtful = None
+        killer.join()
+        known.pop(doubtful, None)  # its answer was never seen: either is right
+        process.wait()
+    assert len(known) > 10 and not list((tmp_path / "quarantine").iterdir())
 
 
 def test_two_servers_share_a_directory(checkpoint: Path, tmp_path: Path) -> None:

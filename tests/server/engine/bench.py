@@ -97,18 +97,19 @@ class Bench:
     def step(self) -> Work:
         """One step, and the integrity of everything after it."""
         self.now += 1
-        expecting = self.scheduler.expecting
+        states, expecting = self.scheduler.states, self.expecting
         if expecting and self.scheduler.checkpoints is not None:
             self.scheduler.checkpoints.jobs.wait()
         work = self.scheduler.schedule(float(self.now))
         self.runner.copy(work.copies)
-        self.scheduler.copied()
+        if states is not None:
+            states.copied()
         if work.chunks:
             self.gather(self.scheduler.complete(work, self.runner.step(work.chunks)))
         else:
-            expecting |= self.scheduler.expecting
+            expecting |= self.expecting
             assert self.scheduler.idle or expecting, "there is work and none is done"
-        for news in self.scheduler.news():
+        for news in states.take_news() if states is not None else ():
             if isinstance(news, Output):
                 self.gather([news])
             else:
@@ -116,10 +117,14 @@ class Bench:
         self.scheduler.check_integrity()
         return work
 
+    @property
+    def expecting(self) -> bool:
+        return self.scheduler.states is not None and self.scheduler.states.expecting
+
     def finish(self, limit: int = 10_000) -> int:
         """Step until idle; how many steps that took."""
         steps = 0
-        while not self.scheduler.idle or self.scheduler.expecting or self.scheduler.pressing:
+        while not self.scheduler.idle or self.expecting or self.scheduler.pressing:
             steps += not self.scheduler.idle
             self.step()
             assert steps < limit, "no end in sight"

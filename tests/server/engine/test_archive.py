@@ -325,19 +325,25 @@ def test_killed_at_any_moment_nothing_is_wrong(tmp_path: Path) -> None:
     made = chain(300)
     metadata = archive.describe(CAPACITY, made, 300, salt=SALT)
     tensors = [archive.narrow(made.tokens, CAPACITY.vocab_size), *image().tensors]
+    begin = time.monotonic()
+    for number in range(20):
+        archive.write(tmp_path / str(number), metadata, tensors)
+    one = (time.monotonic() - begin) / 20  # what a write takes here and now
     for _ in range(300):
         source, sink = os.pipe()
         child = os.fork()
         if child == 0:
             try:
                 os.close(source)
+                os.write(sink, b"begun\n")
                 for number in range(1000):
                     archive.write(tmp_path / str(number), metadata, tensors)
                     os.write(sink, f"{number}\n".encode())
             finally:
                 os._exit(1)
         os.close(sink)
-        time.sleep(rng.random() * 0.01)
+        os.read(source, 6)
+        time.sleep(rng.random() * 4 * one)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         with os.fdopen(source) as pipe:

@@ -187,7 +187,7 @@ def test_idle_time_saves_what_is_worth_it(tmp_path: Path):
     ask(bench, generate("a", words(300, 1), 1))
     ask(bench, generate("b", words(100, 2), 1))
     for _ in range(5):
-        bench.scheduler.rest()
+        bench.scheduler.states.rest()
         bench.finish()
     assert [e.position for e in bench.scheduler.checkpoints.disk.shelf.entries.values()] == [299]
     again = caching(directory=tmp_path)
