@@ -58,6 +58,7 @@ class Checkpoints:
         self._by_key: dict[str, Checkpoint] = {}
         self._fetched: list[Checkpoint] = []  # from the disk, pinned until those who wait have had
         self._number = 0
+        self._changes = 0  # of the index, so that nothing is looked up twice
 
     def begin(self, request: Request) -> None:
         """Give a request that has arrived its chain."""
@@ -76,13 +77,18 @@ class Checkpoints:
 
     def find(self, request: Request) -> Checkpoint | None:
         """The farthest checkpoint in memory that a request can begin with."""
+        if request.looked_up == self._changes:
+            return request.found
         chain, most = _chain(request), request.most_cached
         path = request.path = self._tree.known(chain)
+        request.looked_up, request.found = self._changes, None
         for index in range(len(path) - 1, -1, -1):
             found = path[index].leaf(chain.within(index, most))
             if found is not None:
-                return found if found.position >= LEAST or request.reading else None
-        return None
+                if found.position >= LEAST or request.reading:
+                    request.found = found
+                break
+        return request.found
 
     def fetch(self, request: Request, found: Checkpoint | None) -> bool:
         """Whether a request does better to wait for a state that lies on the disk; it is loaded."""
@@ -139,7 +145,7 @@ class Checkpoints:
         most = request.most_cached
         for reader in readers:
             last = reader.most_cached
-            if reader.chain is None or last - best < LEAST:
+            if reader.chain is None or last - best < LEAST or reader.computed >= last:
                 continue
             at = min(shared(_chain(request), reader.chain), most, last)
             if at - best >= LEAST and reader.computed < at:
@@ -153,7 +159,7 @@ class Checkpoints:
     def admit(self, request: Request, found: Checkpoint | None) -> None:
         """Begin with a checkpoint, or with nothing, and decide what to keep on the way."""
         chain = _chain(request)
-        path, request.path = request.path, []
+        path, request.path, request.found = request.path, [], None
         length = request.prompt_length
         parting = min(self._tree.parting(chain, path), length - 1)
         self._count(request, found, parting, path)
@@ -216,6 +222,7 @@ class Checkpoints:
         """Forget those that lie nowhere any more."""
         for checkpoint in self.tiers.lost:
             if checkpoint.gone and self._by_key.get(checkpoint.key) is checkpoint:
+                self._changes += 1
                 del self._by_key[checkpoint.key]
                 assert checkpoint.block is not None
                 self._tree.remove(checkpoint.block, checkpoint)
@@ -269,6 +276,7 @@ class Checkpoints:
         self.sweep()
 
     def _index(self, checkpoint: Checkpoint, chain: Chain) -> None:
+        self._changes += 1
         self._by_key[checkpoint.key] = checkpoint
         checkpoint.block = self._tree.add(chain, checkpoint)
 

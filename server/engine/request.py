@@ -49,9 +49,9 @@ class Request:
     cached: int = 0  # tokens of the checkpoint that it began with
     wanted: list[int] = field(default_factory=list)  # positions to keep, in order
     kept: list[Checkpoint] = field(default_factory=list)  # made of its state
-    path: list[Block[Checkpoint]] = field(
-        default_factory=list
-    )  # known blocks, when it was looked up
+    looked_up: int = -1  # in which state of the index
+    path: list[Block[Checkpoint]] = field(default_factory=list)  # the known blocks that it follows
+    found: Checkpoint | None = None  # what it can begin with
     waits: tuple[Request, int] | None = None  # for another to have kept a position
     fetches: str = ""  # the key of a state that is on its way from the disk
     tried: set[str] = field(default_factory=set)  # keys of those that it has waited for

@@ -139,7 +139,7 @@ class Scheduler:
                 continue  # aborted meanwhile
             if chunk.sampling is None:
                 outputs.append(output_of(request))
-                if request.reading and request.computed == len(request.tokens):
+                if request.reading and chunk.start + len(chunk.tokens) == len(request.tokens):
                     request.finish = "stop"
                     self._retire(request)
                 continue

@@ -248,3 +248,17 @@ def test_a_wrong_state_leaves_no_file(tmp_path: Path):
     assert cache.get(kept.key) is None
     assert not cache.disk.shelf.entries and not list((tmp_path / "states").iterdir())
     assert not cache.disk._discarded and not cache.disk._writing
+
+
+def test_a_read_ends_with_its_own_last_step():
+    """The last chunk was launched before the one before it was collected."""
+    bench = caching(max_step_tokens=64)
+    bench.add(Read(id="r", tokens=pack_tokens(words(128, 1))))
+    first, last = bench.scheduler.schedule(1.0), bench.scheduler.schedule(2.0)
+    for work in (first, last):
+        bench.runner.copy(work.copies)
+        drawn = bench.runner.step(work.chunks)
+        assert "r" in bench.scheduler.running
+        bench.gather(bench.scheduler.complete(work, drawn))
+    bench.finish()
+    assert state(bench.outputs["r"][-1]).count == 128
