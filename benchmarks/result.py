@@ -44,8 +44,19 @@ def device_name() -> str:
     return f"{model}, {len(os.sched_getaffinity(0))} cores"
 
 
+def card_name(gpu: str) -> str:
+    """A GPU's model, without its maker, as it stands in names of files."""
+    words = [word for word in gpu.split() if word not in ("NVIDIA", "Tesla", "GeForce", "RTX")]
+    return words[0].lower()
+
+
 def commit() -> str:
-    """The commit that was measured, marked where the code beside the results had changes."""
+    """The commit that was measured, marked where the code beside the results had changes.
+
+    STEADYSTATE_COMMIT names it where the code was copied without its history.
+    """
+    if "STEADYSTATE_COMMIT" in os.environ:
+        return os.environ["STEADYSTATE_COMMIT"]
 
     def git(*arguments: str) -> str:
         root = Path(__file__).parent.parent
@@ -58,11 +69,11 @@ def commit() -> str:
         changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("STEADYSTATE_COMMIT", "unknown")
+        return "unknown"
 
 
-def write(bench: str, rows: list[Row], **measured: Any) -> Path:
-    """Write results/<bench>-<card>.json and print the rows."""
+def write(bench: str, rows: list[Row], *, name: str | None = None, **measured: Any) -> Path:
+    """Write results/<name>-<card>.json, by default the bench's name, and print the rows."""
     versions = {"python": platform.python_version()}
     for package in ("torch", "triton", "transformers"):
         try:
@@ -72,8 +83,8 @@ def write(bench: str, rows: list[Row], **measured: Any) -> Path:
     import torch
 
     gpu = device_name()
-    card = gpu.split()[-1].lower() if torch.cuda.is_available() else "cpu"
-    path = RESULTS / f"{bench}-{card}.json"
+    card = card_name(gpu) if torch.cuda.is_available() else "cpu"
+    path = RESULTS / f"{name or bench}-{card}.json"
     arguments = " ".join(map(shlex.quote, sys.argv[1:]))
     content = {
         "command": f"python -m benchmarks.{bench} {arguments}".strip(),

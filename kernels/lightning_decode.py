@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from kernels.language import expm1, jit, next_power_of_2, tl
+from kernels.tuning import DecodeTuning, decode_tuning
 
 
 @jit(do_not_specialize_on_alignment=["slots_ptr", "starts_ptr"])
@@ -72,11 +73,13 @@ def _triton(
     slots: torch.Tensor,
     starts: torch.Tensor,
     o: torch.Tensor,
+    tuning: DecodeTuning | None = None,
 ) -> None:
     N, H, dk = q.shape
     dv = v.shape[-1]
+    tuning = tuning or decode_tuning(q.device, states.element_size())
     BLOCK_K = next_power_of_2(dk)
-    BLOCK_V = max(min(next_power_of_2(dv), 4096 // BLOCK_K), 8)
+    BLOCK_V = max(min(next_power_of_2(dv), tuning.elements // BLOCK_K), 8)
     _lightning_decode_kernel[(-(-dv // BLOCK_V), H, N)](
         q,
         k,
@@ -99,7 +102,7 @@ def _triton(
         dv,
         BLOCK_K=BLOCK_K,
         BLOCK_V=BLOCK_V,
-        num_warps=4,
+        num_warps=tuning.warps,
     )
 
 

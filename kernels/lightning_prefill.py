@@ -24,7 +24,7 @@ from kernels import lightning_prefill_hopper as hopper
 from kernels.language import dot_precision, expm1, jit, next_power_of_2, tl
 from kernels.packing import Packing
 from kernels.segments import plan
-from kernels.tuning import prefill_tuning, processors
+from kernels.tuning import PrefillTuning, prefill_tuning, processors
 
 SPAN = 2048  # rows that the torch path works on at a time: they stay in the cache
 SCANNED = 1024  # elements of a state that a program of the scan takes
@@ -229,11 +229,12 @@ def _triton(
     states: torch.Tensor,
     packing: Packing,
     o: torch.Tensor,
+    tuning: PrefillTuning | None = None,
 ) -> None:
     """Contributions of segments, their scan, then outputs: the last alone where nothing is cut."""
     H, dk, dv = states.shape[1:]
     BLOCK_K = max(next_power_of_2(dk), 16)
-    tuning = prefill_tuning(q.device, q.dtype.itemsize, BLOCK_K)
+    tuning = tuning or prefill_tuning(q.device, q.dtype.itemsize, BLOCK_K)
     first, last = tuning.contributions, tuning.outputs
     at_once = max(processors(q.device) * tuning.resident // -(-dv // last.columns), 1)
     work = plan(packing, H, at_once, 4 * dk * dv)

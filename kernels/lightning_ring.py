@@ -1,16 +1,19 @@
 """Lightning attention for one token of each sequence, states read at every step, rarely written.
 
-Beside its state a slot keeps a ring: the last keys and values, which the state has not folded yet.
-With S the state after the tokens before position `folded`, the token at position t sees
+Beside its state a slot keeps a ring: the last R keys and values. The rows of a state are folded in
+slices, one slice a step by turns, so that a step writes one R-th of a state and no step has more to
+do than another. A row k that has folded all but the last n_k tokens holds S_k, and position t sees
 
-    o_t = scale (lam^(t-folded+1) q^T S + sum_{folded<=j<=t} lam^(t-j) (q . k_j) v_j)
+    o_t = scale sum_k q_k (lam^n_k S_k + sum_{a < n_k} lam^a k_(t-a),k v_(t-a))
 
-and puts its key and value into row t mod R. When R tokens are in the ring, the W oldest are folded:
+Token t goes to row t mod R of the ring. With D drafted tokens that may yet be rolled back there are
+P = R - D slices, and step t folds the m = n_k - D tokens of slice t mod P that are sure:
 
-    S' = S + S expm1(-slope W) + sum_{j<W} lam^(W-1-j) k_j v_j^T        folded' = folded + W
+    S_k' = S_k + S_k expm1(-slope m) + sum_{D <= a < n_k} lam^(a-D) k_(t-a),k v_(t-a)
 
-W is R less the number of drafted tokens that may still be rolled back: those are never folded, so
-that rolling back is to pass a smaller start. The specification is lightning_reference.
+so that rolling back is to pass a smaller start. `folded` holds two positions of a slot and head:
+where its state stood when the ring began, and the step up to which slices have had their turn. The
+specification is lightning_reference.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -19,6 +22,7 @@ from __future__ import annotations
 import torch
 
 from kernels.language import expm1, jit, next_power_of_2, tl
+from kernels.tuning import RingTuning, ring_tuning
 
 
 @jit
@@ -27,6 +31,14 @@ def _ages(last, R: tl.constexpr, BLOCK_R: tl.constexpr):
     o_r = tl.arange(0, BLOCK_R)
     b_age = ((last % R).to(tl.int32) + R - o_r) % R
     return tl.where(o_r < R, b_age, R)
+
+
+@jit
+def _waiting(o_k, position, origin, done, R: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr):
+    """n_k: how many of the tokens before `position` each row of the state has not folded."""
+    young = tl.minimum(position - origin, R).to(tl.int32)
+    ahead = (position - done).to(tl.int32) + R - P
+    return tl.minimum(young, ahead + ((done % P).to(tl.int32) + P - 1 - o_k // ROWS) % P)
 
 
 @jit
@@ -65,22 +77,22 @@ def _decode_kernel(
     ring_k_stride,
     ring_v_stride,
     folded_stride,
-    drafts,
-    rows,
     H,
     R: tl.constexpr,
+    P: tl.constexpr,
+    ROWS: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     PIECE: tl.constexpr,
-    PIECE_FOLD: tl.constexpr,
 ):
     """One sequence, one head: the only program that knows of its `folded`."""
     i_h, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_r, o_k, o_v = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-    o_piece, o_fold = tl.arange(0, PIECE), tl.arange(0, PIECE_FOLD)
+    o_piece, o_row = tl.arange(0, PIECE), tl.arange(0, BLOCK_ROWS)
     p_o = o_ptr + (i_n * H + i_h) * DV + o_v
     slot = tl.load(slots_ptr + i_n).to(tl.int64)
     if slot < 0:
@@ -93,17 +105,24 @@ def _decode_kernel(
     p_state = states_ptr + slot * states_stride + i_h * DK * DV
     p_ring_k = ring_k_ptr + slot * ring_k_stride + i_h * R * DK
     p_ring_v = ring_v_ptr + slot * ring_v_stride + i_h * R * DV
-    p_folded = folded_ptr + slot * folded_stride + i_h
+    p_folded = folded_ptr + slot * folded_stride + i_h * 2
 
     slope = tl.load(slopes_ptr + i_h)
     start = tl.load(starts_ptr + i_n)
-    before = tl.load(p_folded)
-    folded = tl.where(start > 0, before, 0)
-    n = (start - folded + 1).to(tl.int32)
+    if start == 0:  # whatever the slot holds, its sequence begins
+        for v in tl.static_range(0, DV, BLOCK_V):
+            b_zeros = tl.zeros([PIECE, BLOCK_V], p_state.dtype.element_ty)
+            for k in tl.static_range(0, DK, PIECE):
+                tl.store(p_state + (k + o_piece)[:, None] * DV + v + o_v, b_zeros)
+        tl.store(p_folded, start)
+        tl.store(p_folded + 1, start)
+        tl.debug_barrier()
+    origin = tl.load(p_folded)
+    done = tl.load(p_folded + 1)
     b_age = _ages(start, R, BLOCK_R)
-    b_decay = tl.where(b_age < n, tl.exp(-slope * b_age), 0.0) * scale
+    b_decay = tl.exp(-slope * b_age) * scale
     # a row out of date is read as the new token, without weight: what the ring holds there is not
-    m_r = (b_age > 0) & (b_age < n)
+    m_r = (b_age > 0) & (b_age < tl.minimum(start - origin + 1, R))
     p_keys = tl.where(m_r, p_ring_k + o_r * DK, p_k)
     p_values = tl.where(m_r, p_ring_v + o_r * DV, p_v)[:, None]
     row = (start % R).to(tl.int32)
@@ -114,37 +133,38 @@ def _decode_kernel(
         b_sum = tl.zeros([PIECE, BLOCK_V], tl.float32)
         for k in tl.static_range(0, DK, PIECE):
             p_piece = p_state + (k + o_piece)[:, None] * DV + v + o_v
-            b_q = tl.load(p_q + k + o_piece).to(tl.float32)
+            b_n = _waiting(k + o_piece, start + 1, origin, done, R, P, ROWS)
+            b_q = tl.load(p_q + k + o_piece).to(tl.float32) * (tl.exp(-slope * b_n) * scale)
             b_sum += b_q[:, None] * tl.load(p_piece).to(tl.float32)
         b_values = tl.load(p_values + v + o_v)  # [R, V]
         if v == 0:
             for k in tl.static_range(0, DK, BLOCK_K):
+                b_n = _waiting(k + o_k, start + 1, origin, done, R, P, ROWS)
                 b_keys = tl.load(p_keys[:, None] + k + o_k)  # [R, K]
                 b_query = tl.load(tl.broadcast_to((p_q + k + o_k)[None, :], [BLOCK_R, BLOCK_K]))
-                b_p += tl.sum(b_keys.to(tl.float32) * b_query.to(tl.float32), 1)
+                b_product = b_keys.to(tl.float32) * b_query.to(tl.float32)
+                b_p += tl.sum(tl.where(b_age[:, None] < b_n, b_product, 0.0), 1)
                 tl.store(p_ring_k + row * DK + k + o_k, tl.load(p_k + k + o_k))
             b_p *= b_decay
         tl.store(p_ring_v + row * DV + v + o_v, tl.load(p_v + v + o_v))
-        b_o = tl.sum(b_p[:, None] * b_values.to(tl.float32), 0)
-        b_o += tl.where(folded > 0, tl.sum(b_sum, 0) * (tl.exp(-slope * n) * scale), 0.0)
+        b_o = tl.sum(b_sum, 0) + tl.sum(b_p[:, None] * b_values.to(tl.float32), 0)
         tl.store(p_o + v, b_o.to(o_ptr.dtype.element_ty))
 
-    tl.debug_barrier()  # the state is read, and `folded`, by every thread
-    if n >= R:
-        b_age -= drafts
-        b_late = tl.where(b_age >= 0, tl.exp(-slope * tl.maximum(b_age, 0)), 0.0)
-        b_late = tl.where(b_age < n - drafts, b_late, 0.0)[:, None]
-        leave = expm1(-slope * (n - drafts))
+    if start >= done:  # else this is a step once more, after drafts
+        tl.debug_barrier()  # the slice is read, and `folded`, by every thread
+        first = (start % P).to(tl.int32) * ROWS
+        n = _waiting(first, start + 1, origin, done, R, P, ROWS)
+        b_late = tl.where((b_age >= R - P) & (b_age < n), tl.exp(-slope * (b_age - (R - P))), 0.0)
+        leave = expm1(-slope * tl.maximum(n - (R - P), 0))
+        m_row = (o_row < ROWS) & (first + o_row < DK)
+        b_k = tl.load(p_keys + (first + o_row)[:, None], mask=m_row[:, None], other=0.0)  # [K, R]
         for v in tl.static_range(0, DV, BLOCK_V):
-            b_v = tl.load(p_values + v + o_v).to(tl.float32) * b_late
-            p_s = p_state + o_fold[:, None] * DV + v + o_v
-            for first in tl.range(0, rows, PIECE_FOLD, num_stages=4):
-                b_s = tl.where(folded > 0, tl.load(p_s + first * DV).to(tl.float32), 0.0)
-                b_k = tl.load(p_keys + (first + o_fold)[:, None])  # [K, R]
-                b_s = _fold(b_s, b_k, b_v, leave)
-                tl.store(p_s + first * DV, b_s.to(p_state.dtype.element_ty))
-        folded += n - drafts
-    tl.store(p_folded, folded, mask=folded != before)
+            b_v = tl.load(p_values + v + o_v).to(tl.float32) * b_late[:, None]
+            p_s = p_state + (first + o_row)[:, None] * DV + v + o_v
+            b_s = tl.load(p_s, mask=m_row[:, None], other=0.0).to(tl.float32)
+            b_s = _fold(b_s, b_k, b_v, leave)
+            tl.store(p_s, b_s.to(p_state.dtype.element_ty), mask=m_row[:, None])
+        tl.store(p_folded + 1, start + 1)
 
 
 @jit(do_not_specialize_on_alignment=["slots_ptr", "starts_ptr", "ends_ptr"])
@@ -162,6 +182,8 @@ def _fold_kernel(
     ring_v_stride,
     folded_stride,
     R: tl.constexpr,
+    P: tl.constexpr,
+    ROWS: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -174,34 +196,44 @@ def _fold_kernel(
     if slot < 0:
         return
     start = tl.load(starts_ptr + i_n)
-    p_folded = folded_ptr + slot * folded_stride + i_h
-    folded = tl.where(start > 0, tl.load(p_folded), 0)
-    n = (start - folded).to(tl.int32)
-    if n > 0:
+    p_folded = folded_ptr + slot * folded_stride + i_h * 2
+    origin = tl.where(start > 0, tl.load(p_folded), 0)
+    done = tl.where(start > 0, tl.load(p_folded + 1), 0)
+    if start > origin:
         o_r, o_k, o_v = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
         p_state = states_ptr + slot * states_stride + i_h * DK * DV
         p_k = ring_k_ptr + slot * ring_k_stride + i_h * R * DK
         p_v = ring_v_ptr + slot * ring_v_stride + i_h * R * DV
         slope = tl.load(slopes_ptr + i_h)
         b_age = _ages(start - 1, R, BLOCK_R)
-        m_r = b_age < n
+        m_r = b_age < tl.minimum(start - origin, R)
         b_decay = tl.exp(-slope * b_age)[:, None]
-        leave = expm1(-slope * n)
         for v in tl.static_range(0, DV, BLOCK_V):
             b_v = tl.load(p_v + o_r[:, None] * DV + v + o_v, mask=m_r[:, None], other=0.0)
             b_v = b_v.to(tl.float32) * b_decay  # [R, V]
             for k in range(0, DK, BLOCK_K):
+                b_n = _waiting(k + o_k, start, origin, done, R, P, ROWS)[:, None]
                 p_s = p_state + (k + o_k)[:, None] * DV + v + o_v
-                b_s = tl.where(folded > 0, tl.load(p_s).to(tl.float32), 0.0)  # [K, V]
-                b_k = tl.load(p_k + k + o_k[:, None] + o_r * DK, mask=m_r, other=0.0)  # [K, R]
-                tl.store(p_s, _fold(b_s, b_k, b_v, leave).to(p_state.dtype.element_ty))
+                b_s = tl.load(p_s).to(tl.float32)  # [K, V]
+                m_k = m_r & (b_age < b_n)
+                b_k = tl.load(p_k + k + o_k[:, None] + o_r * DK, mask=m_k, other=0.0)  # [K, R]
+                b_s = _fold(b_s, b_k, b_v, expm1(-slope * b_n))
+                tl.store(p_s, b_s.to(p_state.dtype.element_ty))
     tl.debug_barrier()  # `folded` is known to every thread
-    tl.store(p_folded, tl.load(ends_ptr + i_n))
+    end = tl.load(ends_ptr + i_n)
+    tl.store(p_folded, end)
+    tl.store(p_folded + 1, end)
 
 
 def _divisor(n: int, most: int) -> int:
     """The largest power of two that divides n, or `most`: tiles of it need no mask."""
     return min(n & -n, most)
+
+
+def _slices(R: int, drafts: int, dk: int) -> dict[str, int]:
+    """R and P, tokens in the ring and slices of the state, and how many ROWS a slice has."""
+    P = R - drafts
+    return {"R": R, "P": P, "ROWS": -(-dk // P)}
 
 
 def _triton(
@@ -218,11 +250,13 @@ def _triton(
     starts: torch.Tensor,
     drafts: int,
     o: torch.Tensor,
+    tuning: RingTuning | None = None,
 ) -> None:
     N, H, dk = q.shape
     dv = v.shape[-1]
     R = ring_k.shape[2]
-    warps = 4 if states.dtype == torch.float32 else 2
+    slices = _slices(R, drafts, dk)
+    tuning = tuning or ring_tuning(q.device, states.element_size())
     _decode_kernel[(H, N)](
         q,
         k,
@@ -246,19 +280,17 @@ def _triton(
         ring_k.stride(0),
         ring_v.stride(0),
         folded.stride(0),
-        drafts,
-        dk,  # the bound of a loop that is not to be unrolled
         H,
-        R=R,
+        **slices,
         DK=dk,
         DV=dv,
         BLOCK_R=max(next_power_of_2(R), 16),
         BLOCK_K=_divisor(dk, 128),
         BLOCK_V=_divisor(dv, 128),
-        PIECE=_divisor(dk, 8 * warps),
-        PIECE_FOLD=_divisor(dk, 16),
-        num_warps=warps,
-        maxnreg=128,  # the loads of most of a state in flight, and room for several programs
+        BLOCK_ROWS=max(next_power_of_2(slices["ROWS"]), 16),
+        PIECE=_divisor(dk, tuning.rows),
+        num_warps=tuning.warps,
+        maxnreg=tuning.registers,
     )
 
 
@@ -271,6 +303,7 @@ def _triton_fold(
     slots: torch.Tensor,
     starts: torch.Tensor,
     ends: torch.Tensor,
+    drafts: int,
 ) -> None:
     H, dk, dv = states.shape[1:]
     R = ring_k.shape[2]
@@ -287,7 +320,7 @@ def _triton_fold(
         ring_k.stride(0),
         ring_v.stride(0),
         folded.stride(0),
-        R=R,
+        **_slices(R, drafts, dk),
         DK=dk,
         DV=dv,
         BLOCK_R=max(next_power_of_2(R), 16),
@@ -297,19 +330,40 @@ def _triton_fold(
     )
 
 
-def _position(folded: torch.Tensor, at: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """[N]: where the states at these slots stand, 0 where a sequence begins."""
-    return torch.where(starts > 0, folded[at, 0], 0)
-
-
-def _rows(
-    ring: torch.Tensor, at: torch.Tensor, last: torch.Tensor, ages: torch.Tensor
+def _unfolded(
+    positions: torch.Tensor, origin: torch.Tensor, done: torch.Tensor, dk: int, R: int, drafts: int
 ) -> torch.Tensor:
-    """[N, H, max(ages), d] float32: the tokens that lie 0, 1, 2, ... behind the last, each sequence
-    having `ages` [N] of them, the rest zero."""
-    age = torch.arange(int(ages.max()), device=ages.device)
-    rows = ring[at[:, None], :, (last[:, None] - age) % ring.shape[2]].float()  # [N, A, H, d]
-    return rows.masked_fill((age >= ages[:, None])[..., None, None], 0.0).transpose(1, 2)
+    """n_k [N, dk]: how many tokens before positions [N] each row of the states has not folded."""
+    slices = _slices(R, drafts, dk)
+    turn = torch.arange(dk, device=done.device) // slices["ROWS"]
+    since = (done[:, None] - 1 - turn) % slices["P"]
+    ahead = (positions - done + drafts)[:, None] + since
+    return torch.minimum((positions - origin).clamp(max=R)[:, None], ahead)
+
+
+def _rows(ring: torch.Tensor, at: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """[N, H, R, d] float32: the tokens that lie 0, 1, 2, ... behind the last ones [N]."""
+    age = torch.arange(ring.shape[2], device=last.device)
+    return ring[at[:, None], :, (last[:, None] - age) % ring.shape[2]].float().transpose(1, 2)
+
+
+def _folded_rows(
+    S: torch.Tensor,
+    K: torch.Tensor,
+    V: torch.Tensor,
+    slopes: torch.Tensor,
+    m: torch.Tensor,
+    drafts: int,
+) -> torch.Tensor:
+    """S [N, H, dk, dv] after the m [N, dk] tokens of K, V [N, H, R, d] that lie behind drafts."""
+    age = torch.arange(K.shape[2], device=K.device) - drafts
+    within = (age >= 0)[:, None] & (age[:, None] < m[:, None])  # [N, R, dk]
+    decay = torch.exp(-slopes[:, None] * age.clamp(min=0))[..., None]  # [H, R, 1]
+    K = torch.where(within[:, None], K, 0.0)
+    V = torch.where(within.any(2)[:, None, :, None], V * decay, 0.0)
+    # one sum of the small terms, then one rounding: S + S expm1 alone would stall at small slopes
+    update = torch.matmul(K.transpose(2, 3), V)
+    return S + update.addcmul_(S, torch.expm1(-slopes[:, None] * m[:, None])[..., None])
 
 
 def _torch(
@@ -327,31 +381,37 @@ def _torch(
     drafts: int,
     o: torch.Tensor,
 ) -> None:
-    """All sequences together: states and rings are gathered; what is full is folded after."""
+    """All sequences together: states and rings are gathered, and the states put back."""
     o.zero_()
     real = (slots >= 0).nonzero().squeeze(1)
     if len(real) == 0:
         return
     if len(real) < len(slots):
         q, k, v, slots, starts = (x[real] for x in (q, k, v, slots, starts))
-    at, R = slots.long(), ring_k.shape[2]
+    at, R, dk = slots.long(), ring_k.shape[2], q.shape[2]
+    fresh = starts == 0
+    folded[at[fresh]] = 0
     ring_k[at, :, starts % R] = k
     ring_v[at, :, starts % R] = v
-    position = _position(folded, at, starts)
-    n = starts - position + 1
-    K, V = (_rows(ring, at, starts, n) for ring in (ring_k, ring_v))
-    S = states[at].float().masked_fill_((position == 0)[:, None, None, None], 0.0)
-    q = (q.float() * scale).unsqueeze(2)  # [N, H, 1, dk]
-    decay = torch.exp(-slopes[:, None] * torch.arange(K.shape[2], device=q.device))  # [H, A]
-    scores = torch.matmul(q, K.transpose(2, 3)) * decay[:, None]
-    before = torch.exp(-slopes * n[:, None])[..., None, None]
-    y = torch.matmul(q, S) * before + torch.matmul(scores, V)
-    o[real] = y.squeeze(2).to(o.dtype)
-    folded[at] = position[:, None]
-    full = (n >= R).nonzero().squeeze(1)
-    if len(full):
-        ends = starts[full] - drafts + 1
-        _torch_fold(slopes, states, ring_k, ring_v, folded, slots[full], ends, ends)
+    origin, done = folded[at, 0].unbind(1)
+    n = _unfolded(starts + 1, origin, done, dk, R, drafts)
+    K, V = (_rows(ring, at, starts) for ring in (ring_k, ring_v))
+    S = states[at].float().masked_fill_(fresh[:, None, None, None], 0.0)
+    q = q.float() * scale
+    age = torch.arange(R, device=q.device)
+    decay = torch.exp(-slopes[:, None] * age)  # [H, R]
+    waits = age[:, None] < n[:, None]  # [N, R, dk]
+    products = torch.where(waits[:, None], K * q[:, :, None], 0.0)
+    scores = (products.sum(3) * decay)[:, :, None]
+    before = (q * torch.exp(-slopes[:, None] * n[:, None])).unsqueeze(2)  # [N, H, 1, dk]
+    V = torch.where((age < n.amax(1)[:, None])[:, None, :, None], V, 0.0)
+    o[real] = (torch.matmul(before, S) + torch.matmul(scores, V)).squeeze(2).to(o.dtype)
+    slices = _slices(R, drafts, dk)
+    turn = torch.arange(dk, device=q.device) // slices["ROWS"] == (starts % slices["P"])[:, None]
+    m = torch.where(turn & (starts >= done)[:, None], (n - drafts).clamp(min=0), 0)
+    S = _folded_rows(S, K, V, slopes, m, drafts)
+    states[at] = S.to(states.dtype)
+    folded[at, :, 1] = torch.maximum(done, starts + 1)[:, None]
 
 
 def _torch_fold(
@@ -363,23 +423,20 @@ def _torch_fold(
     slots: torch.Tensor,
     starts: torch.Tensor,
     ends: torch.Tensor,
+    drafts: int,
 ) -> None:
     real = (slots >= 0).nonzero().squeeze(1)
     at, starts, ends = slots[real].long(), starts[real], ends[real]
-    position = _position(folded, at, starts)
-    folded[at] = ends[:, None]
-    some = (starts > position).nonzero().squeeze(1)
+    origin, done = (torch.where(starts > 0, x, 0) for x in folded[at, 0].unbind(1))
+    folded[at] = ends[:, None, None]
+    some = (starts > origin).nonzero().squeeze(1)
     if len(some) == 0:
         return
-    at, starts, position = at[some], starts[some], position[some]
-    n = starts - position
-    K, V = (_rows(ring, at, starts - 1, n) for ring in (ring_k, ring_v))
-    decay = torch.exp(-slopes[:, None] * torch.arange(K.shape[2], device=K.device))[..., None]
-    S = states[at].float().masked_fill_((position == 0)[:, None, None, None], 0.0)
-    # one sum of the small terms, then one rounding: S + S expm1 alone would stall at small slopes
-    update = torch.matmul(K.transpose(2, 3), V * decay)
-    S += update.addcmul_(S, torch.expm1(-slopes * n[:, None])[..., None, None])
-    states[at] = S.to(states.dtype)
+    at, starts, origin, done = at[some], starts[some], origin[some], done[some]
+    R, dk = ring_k.shape[2], ring_k.shape[3]
+    n = _unfolded(starts, origin, done, dk, R, drafts)
+    K, V = (_rows(ring, at, starts - 1) for ring in (ring_k, ring_v))
+    states[at] = _folded_rows(states[at].float(), K, V, slopes, n, 0).to(states.dtype)
 
 
 def _check(
@@ -397,7 +454,7 @@ def _check(
     assert ring_k.shape == (S, H, R, dk) and ring_v.shape == (S, H, R, dv)
     assert ring_k.dtype == ring_v.dtype
     assert states[0].is_contiguous() and ring_k[0].is_contiguous() and ring_v[0].is_contiguous()
-    assert folded.shape == (S, H) and folded.dtype == torch.int64 and folded.stride(1) == 1
+    assert folded.shape == (S, H, 2) and folded.dtype == torch.int64 and folded[0].is_contiguous()
     assert slots.shape == starts.shape == (len(slots),)
     assert slots.dtype == torch.int32 and starts.dtype == torch.int64
 
@@ -419,11 +476,11 @@ def lightning_ring_decode(
     """q, k [N, H, dk], v [N, H, dv], slopes [H] float32 -> o [N, H, dv] in v's dtype.
 
     states [S, H, dk, dv] float32 or bfloat16, ring_k [S, H, R, dk] and ring_v [S, H, R, dv] in q's
-    dtype, folded [S, H] int64 (the position up to which the state of a slot and head is folded) are
-    updated in place at slots [N] int32. starts [N] int64 are the positions of these tokens: each
-    one more than in the call before, or up to `drafts` less than that, which forgets the tokens
-    from there on. Where it is 0 the sequence begins, whatever the slot holds; a row with slot -1 is
-    padding and comes out as zero. `drafts` < R is the same in every call between two folds.
+    dtype and folded [S, H, 2] int64 are updated in place at slots [N] int32. starts [N] int64 are
+    the positions of these tokens: each one more than in the call before, or up to `drafts` less
+    than that, which forgets the tokens from there on. Where it is 0 the sequence begins, whatever
+    the slot holds; a row with slot -1 is padding and comes out as zero. `drafts` < R is the same in
+    every call between two folds.
     """
     N, H, dk = q.shape
     dv = v.shape[-1]
@@ -449,14 +506,16 @@ def lightning_ring_fold(
     slots: torch.Tensor,
     starts: torch.Tensor,
     ends: torch.Tensor,
+    drafts: int = 0,
 ) -> None:
     """Fold the rings at slots [N] up to the positions starts [N]; drafts from there on are gone.
 
     Afterwards the states are those of lightning_decode and lightning_prefill at starts, the rings
     are empty, and `folded` says ends [N] int64: starts, or the end of a prefill that follows.
+    `drafts` is that of the calls of lightning_ring_decode before.
     """
     _check(slopes, states, ring_k, ring_v, folded, slots, starts)
     assert ends.shape == starts.shape and ends.dtype == torch.int64
     (_triton_fold if states.is_cuda else _torch_fold)(
-        slopes, states, ring_k, ring_v, folded, slots, starts, ends
+        slopes, states, ring_k, ring_v, folded, slots, starts, ends, drafts
     )

@@ -69,7 +69,8 @@ def _paged_write_kernel(
     m = m_t[:, None] & (o_d < D)
     o_u = start + o_t  # positions
     p_table = tables_ptr + i_n.to(tl.int64) * tables_stride + o_u // PAGE
-    page = tl.load(p_table, mask=m_t, other=0).to(tl.int64)[:, None]
+    page = tl.load(p_table, mask=m_t, other=-1).to(tl.int64)[:, None]
+    m &= page >= 0
     o_page = ((o_u % PAGE)[:, None] * Hkv + i_h) * D + o_d
     o_row = begin + o_t.to(tl.int64)[:, None]
     b_k = tl.load(k_ptr + o_row * k_row_stride + i_h * k_head_stride + o_d, mask=m)
@@ -128,9 +129,9 @@ def _paged_attend_kernel(
     for u in range(0, end, BLOCK_N):
         o_u = u + tl.arange(0, BLOCK_N)
         m_u = o_u < end
-        page = tl.load(p_table + o_u // PAGE, mask=m_u, other=0).to(tl.int64)[:, None]
+        page = tl.load(p_table + o_u // PAGE, mask=m_u, other=-1).to(tl.int64)[:, None]
         o_page = (o_u % PAGE)[:, None] * Hkv * D
-        m_kv = m_u[:, None] & (o_d < D)
+        m_kv = (page >= 0) & (o_d < D)
         b_k = tl.load(p_k + page * pages_k_stride + o_page, mask=m_kv, other=0.0)  # [N, D]
         b_v = tl.load(p_v + page * pages_v_stride + o_page, mask=m_kv, other=0.0)  # [N, D]
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * 1.44269504)

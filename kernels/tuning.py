@@ -1,11 +1,20 @@
-"""Tile sizes by operation, card, element size and head size: measured once, then looked up."""
+"""Tile sizes by operation, card and shape class: measured once, committed, looked up.
+
+tuning.json holds, for each card that was measured, the winners that `python -m benchmarks.tune`
+found; other cards get modest tiles. Nothing is measured while a server runs.
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
+
+TABLE = Path(__file__).with_suffix(".json")
 
 
 @dataclass(slots=True, frozen=True)
@@ -27,17 +36,25 @@ class PrefillTuning:
     resident: int
 
 
-# by bytes of an element and the power of two that holds a key; the outputs of (2, 128) only where
-# lightning_prefill_hopper does not serve
-HOPPER = {
-    (2, 64): PrefillTuning(Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1), 2),
-    (2, 128): PrefillTuning(Tiles(64, 128, 8, 3), Tiles(64, 64, 4, 2), 2),
-    (2, 256): PrefillTuning(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1), 1),
-    (4, 64): PrefillTuning(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), 2),
-    (4, 128): PrefillTuning(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1), 1),
-    (4, 256): PrefillTuning(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1), 1),
-}
-ELSEWHERE = {
+@dataclass(slots=True, frozen=True)
+class RingTuning:
+    """Rows of the state read at a time, warps per program, registers per thread."""
+
+    rows: int
+    warps: int
+    registers: int
+
+
+@dataclass(slots=True, frozen=True)
+class DecodeTuning:
+    """Elements of the state per program, and its warps."""
+
+    elements: int
+    warps: int
+
+
+# by bytes of an element of the inputs and the power of two that holds a key
+PREFILL = {
     (2, 64): PrefillTuning(Tiles(32, 64, 4, 1), Tiles(32, 64, 4, 1), 2),
     (2, 128): PrefillTuning(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), 2),
     (2, 256): PrefillTuning(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1), 1),
@@ -45,7 +62,9 @@ ELSEWHERE = {
     (4, 128): PrefillTuning(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1), 1),
     (4, 256): PrefillTuning(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1), 1),
 }
-PREFILL = {(9, 0): HOPPER}
+# by bytes of an element of the state
+RING = {4: RingTuning(32, 4, 128), 2: RingTuning(16, 2, 128)}
+DECODE = {4: DecodeTuning(4096, 4), 2: DecodeTuning(4096, 4)}
 
 
 @lru_cache(maxsize=16)
@@ -62,6 +81,36 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@lru_cache(maxsize=4)
+def measured(capability: tuple[int, int]) -> dict[str, dict[str, dict[str, Any]]]:
+    """What tuning.json says of a card: operation -> shape class -> tuning."""
+    table: dict[str, dict[str, dict[str, dict[str, Any]]]] = json.loads(TABLE.read_text())
+    return table.get("sm_{}{}".format(*capability), {})
+
+
+@lru_cache(maxsize=64)
 def prefill_tuning(device: torch.device, itemsize: int, BLOCK_K: int) -> PrefillTuning:
-    """The card's tiles, or modest ones where it was never measured."""
-    return PREFILL.get(card(device), ELSEWHERE)[itemsize, max(BLOCK_K, 64)]
+    """Tiles for inputs of such elements and keys of such a size."""
+    key = itemsize, max(BLOCK_K, 64)
+    found = measured(card(device)).get("prefill", {}).get("{}x{}".format(*key))
+    return PREFILL[key] if found is None else prefill_of(found)
+
+
+@lru_cache(maxsize=64)
+def ring_tuning(device: torch.device, itemsize: int) -> RingTuning:
+    """How decoding with a ring reads states of such elements."""
+    found = measured(card(device)).get("ring", {}).get(str(itemsize))
+    return RING[itemsize] if found is None else RingTuning(**found)
+
+
+@lru_cache(maxsize=64)
+def decode_tuning(device: torch.device, itemsize: int) -> DecodeTuning:
+    """How plain decoding reads states of such elements."""
+    found = measured(card(device)).get("decode", {}).get(str(itemsize))
+    return DECODE[itemsize] if found is None else DecodeTuning(**found)
+
+
+def prefill_of(found: dict[str, Any]) -> PrefillTuning:
+    """A row of the table's operation `prefill`."""
+    contributions, outputs = Tiles(**found["contributions"]), Tiles(**found["outputs"])
+    return PrefillTuning(contributions, outputs, found["resident"])

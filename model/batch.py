@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from kernels.packing import Packing
-from model.chunk import Chunk
+from model.chunk import PENDING, Chunk
+from model.sequences import Sequences
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -17,7 +18,7 @@ class Batch:
     """T tokens of N sequences. The first `singles` sequences have one row each, the rest follow.
 
     ids [T], positions [T] int64; packing: all sequences; tail: those after the singles, with rows
-    counted from the first of them; tables [N, most blocks] int32, -1 where a sequence has none;
+    counted from the first of them; tables [N, most blocks] int32, a sequence's blocks in order;
     sample_rows [R] int64: rows whose logits are asked for, in the order of the batch.
     """
 
@@ -30,7 +31,7 @@ class Batch:
     sample_rows: torch.Tensor
 
     @classmethod
-    def pack(cls, chunks: list[Chunk], device: torch.device) -> Batch:
+    def pack(cls, chunks: list[Chunk], sequences: Sequences) -> Batch:
         """Lay out chunks, which must have those of one token first."""
         lengths = tuple(len(chunk.tokens) for chunk in chunks)
         singles = next((i for i, n in enumerate(lengths) if n > 1), len(lengths))
@@ -47,20 +48,17 @@ class Batch:
                 dtype=np.int64,
             ),
         )
-        most = max(len(chunk.blocks) for chunk in chunks)
-        tables = np.full((len(chunks), most), -1, dtype=np.int32)
-        for i, chunk in enumerate(chunks):
-            tables[i, : len(chunk.blocks)] = chunk.blocks
         cu_seqlens = np.array(rows, dtype=np.int32)
         short = (
             cu_seqlens,
             cu_seqlens[singles:] - singles,
             np.array([chunk.slot for chunk in chunks], dtype=np.int32),
-            tables.ravel(),
         )
-        ids, positions, starts_, sample_rows, cu, tail_cu, slots, tables_ = _transfer(
-            long, short, device
+        ids, positions, starts_, sample_rows, cu, tail_cu, slots = _transfer(
+            long, short, sequences.device
         )
+        if any(chunk.tokens[0] == PENDING for chunk in chunks[:singles]):
+            ids[:singles] = sequences.ids(ids[:singles], slots[:singles])
         tail = None
         if singles < len(chunks):
             tail = Packing(lengths[singles:], tail_cu, slots[singles:], starts_[singles:])
@@ -70,7 +68,7 @@ class Batch:
             singles=singles,
             packing=Packing(lengths, cu, slots, starts_),
             tail=tail,
-            tables=tables_.view(len(chunks), most),
+            tables=sequences.tables(slots, max(len(chunk.blocks) for chunk in chunks)),
             sample_rows=sample_rows,
         )
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+PENDING = -1  # stands for the id that the slot's last step draws, which the host has not read yet
+
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class Sampling:
@@ -46,7 +48,8 @@ class Sampling:
 class Chunk:
     """Tokens of one sequence to compute in this step.
 
-    tokens:   ids at positions start .. start + len(tokens) - 1, at least one.
+    tokens:   ids at positions start .. start + len(tokens) - 1, at least one; a single one may be
+              PENDING.
     start:    how many tokens are already folded into the slot; 0 means that the slot's old content
               is ignored, whatever it is.
     slot:     state slot of the sequence, 0 <= slot < Capacity.slots.

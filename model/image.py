@@ -77,7 +77,7 @@ def _cleared(
     size = field.shape[field.axis]
     first = max(0, position - size)
     if field.since is not None:
-        first = max(first, int(rows[field.since].max()))
+        first = max(first, int(rows[field.since].flatten()[0]))
     used = {at % size for at in range(first, position)}
     unused = [row for row in range(size) if row not in used]
     return data.index_fill(field.axis, torch.tensor(unused, dtype=torch.int64), 0)

@@ -36,7 +36,7 @@ def memory_fields(index: int, heads: int, dk: int, dv: int, memory: Memory) -> l
         fields += [
             Field(f"ring_keys.{index}", (heads, memory.ring, dk), memory.values, 1, since),
             Field(f"ring_values.{index}", (heads, memory.ring, dv), memory.values, 1, since),
-            Field(since, (heads,), torch.int64),
+            Field(since, (heads, 2), torch.int64),
         ]
     return fields
 

@@ -6,6 +6,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,17 +15,31 @@ from model.batch import Batch
 from model.chunk import Capacity, Chunk, Copy, OutOfDeviceMemory, Sampled, Sampling
 from model.config import ConfigError, Fields
 from model.families import Family, build
+from model.graphs import DecodeGraphs
 from model.image import fill, layout
 from model.image import read as read_image
 from model.lightning import Memory
-from model.sampling import Seen, read, sample
+from model.sampling import Seen, plain, read, sample
+from model.sequences import Sequences
 from model.store import Field, Saved, Store, row_bytes
 from model.weights import Parameters, fingerprint
 
 BLOCK_SIZE = 64  # positions of a KV block
 CPU_STATE_BYTES = 4_000_000_000
+CAPTURED = 512  # sequences of the largest step that is a CUDA graph
+RING = 16  # tokens beside a state on CUDA: a step then writes a sixteenth of it
 GB = 1_000_000_000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Launched:
+    """A step under way: its chunks, which of them ask, what they draw (on the host once `done`)."""
+
+    chunks: list[Chunk]
+    asking: list[int]
+    drawn: torch.Tensor | None
+    done: torch.cuda.Event | None
 
 
 class ModelRunner:
@@ -46,32 +61,86 @@ class ModelRunner:
         self.seconds = seconds or {}
         self.seen = Seen(model.vocab_size, store.device)
         self.saved: dict[str, Saved] = {}
+        most = -(-(capacity.max_model_len or 0) // BLOCK_SIZE) if capacity.blocks else 0
+        self.sequences = Sequences(store.slots.count, most, store.device)
+        self.graphs: DecodeGraphs | None = None
+        self.parameters: Parameters | None = None
 
     def step(self, chunks: list[Chunk]) -> list[Sampled | None]:
-        """Fold each chunk into its slot and draw the tokens that are asked for.
+        """Launch a step and collect it."""
+        return self.collect(self.launch(chunks))
+
+    @torch.inference_mode()
+    def launch(self, chunks: list[Chunk]) -> Launched:
+        """Begin to fold each chunk into its slot and draw the tokens that are asked for.
 
         Raises OutOfDeviceMemory; the slots of these chunks then hold garbage, others are as before.
         """
         order = sorted(range(len(chunks)), key=lambda i: len(chunks[i].tokens) > 1)
         ordered = [chunks[i] for i in order]
+        asking = [i for i in order if chunks[i].sampling is not None]
         try:
-            drawn = self._run(ordered)
+            self.sequences.keep(ordered)
+            self.seen.record(ordered)
+            if self.graphs is not None and self.graphs.serve(ordered):
+                drawn = self._replay(ordered)
+            else:
+                drawn = self._run(ordered)
+            return Launched(chunks, asking, *self._leave(drawn))
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise OutOfDeviceMemory(str(error).split(".")[0]) from error
-        results: list[Sampled | None] = [None] * len(chunks)
-        for i in order:
-            if chunks[i].sampling is not None:
-                results[i] = next(drawn)
+
+    def collect(self, launched: Launched) -> list[Sampled | None]:
+        """The tokens of a step, in the order of its chunks, once they are there."""
+        if launched.done is not None:
+            launched.done.synchronize()
+        results: list[Sampled | None] = [None] * len(launched.chunks)
+        if launched.drawn is not None:
+            asking = [launched.chunks[i] for i in launched.asking]
+            for i, sampled in zip(launched.asking, read(launched.drawn, asking), strict=True):
+                results[i] = sampled
         return results
 
-    @torch.inference_mode()
-    def _run(self, chunks: list[Chunk]) -> Iterator[Sampled]:
-        batch = Batch.pack(chunks, self.store.device)
-        self.seen.record(chunks)
+    def _replay(self, chunks: list[Chunk]) -> torch.Tensor | None:
+        """A step of one token of each sequence, by a graph."""
+        assert self.graphs is not None
+        ids, logits = self.graphs.replay(chunks)
+        rows = [i for i, chunk in enumerate(chunks) if chunk.sampling is not None]
+        if all(plain(chunk) for chunk in chunks):
+            return ids if len(rows) == len(ids) else ids[rows]
+        asking = [chunks[i] for i in rows]
+        drawn = sample(logits[rows], asking, self.seen)
+        self._remember(asking, drawn)
+        return drawn
+
+    def _run(self, chunks: list[Chunk]) -> torch.Tensor | None:
+        """Any step."""
+        batch = Batch.pack(chunks, self.sequences)
         logits = self.model.forward(batch, self.store)
         asking = [chunk for chunk in chunks if chunk.sampling is not None]
-        return iter(read(sample(logits, asking, self.seen), asking)) if asking else iter(())
+        if not asking:
+            return None
+        drawn = sample(logits, asking, self.seen)
+        self._remember(asking, drawn)
+        return drawn
+
+    def _remember(self, asking: list[Chunk], drawn: torch.Tensor) -> None:
+        slots = torch.tensor([chunk.slot for chunk in asking], dtype=torch.int32)
+        slots = slots.to(self.store.device, non_blocking=True)
+        self.sequences.drawn(slots, drawn[:, 0].long())
+
+    def _leave(
+        self, drawn: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.cuda.Event | None]:
+        """The one copy of a step to the host, and when it is done."""
+        if drawn is None or self.store.device.type != "cuda":
+            return drawn, None
+        host = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
+        host.copy_(drawn, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return host, done
 
     @torch.inference_mode()
     def copy(self, copies: list[Copy]) -> None:
@@ -79,6 +148,8 @@ class ModelRunner:
         for item in copies:
             source, target = item.source, item.target
             seen = None if item.bare or source.slot is None else self.seen.rows.get(source.slot)
+            if target is not None and target.slot is not None:
+                self.sequences.forget(target.slot)
             if target is None:
                 assert source.key is not None, "a slot is given back, not forgotten"
                 self.saved.pop(source.key, None)
@@ -146,11 +217,14 @@ def load_runner(
     max_model_len: int | None = None,
     max_step_tokens: int | None = None,
     state_dtype: str = "float32",
-    ring: int = 0,
+    ring: int | None = None,
+    seed: int | None = None,
 ) -> ModelRunner:
     """Load the checkpoint in `path` and make it ready to serve.
 
-    state_dtype and ring are of the lightning layers' memory: see model.lightning.Memory.
+    With a seed its weights are not read but drawn: config.json is all that has to be there.
+    state_dtype and ring are of the lightning layers' memory: see model.lightning.Memory. Without a
+    word on the ring, decoding keeps RING tokens on CUDA and none elsewhere.
     Raises ConfigError or WeightsError naming what is wrong with the checkpoint or the bounds.
     """
     seconds: dict[str, float] = {}
@@ -160,14 +234,19 @@ def load_runner(
         torch.set_num_threads(threads)
     if kind == torch.float32:
         torch.backends.cuda.matmul.allow_tf32 = False
+    ring = (RING if where.type == "cuda" else 0) if ring is None else ring
     step_tokens = max_step_tokens or (8192 if where.type == "cuda" else 2048)
 
     with _phase(seconds, "load"):
         fields = Fields.read(path)
         parameters = Parameters(where, kind)
         model = build(fields, parameters)
-        parameters.fill(path, ignore=model.ignored)
-        name = fingerprint(path)
+        if seed is None:
+            parameters.fill(path, ignore=model.ignored)
+            name = fingerprint(path)
+        else:
+            parameters.randomize(seed)
+            name = f"random-{seed}"
 
     with _phase(seconds, "memory"):
         slot_fields = model.slot_fields(Memory(DTYPES[state_dtype], ring, kind))
@@ -205,9 +284,14 @@ def load_runner(
         block_layout=layout(model.block_fields(BLOCK_SIZE)) if blocks else (),
     )
     runner = ModelRunner(model, store, capacity, max_step_tokens=step_tokens, seconds=seconds)
+    runner.parameters = parameters
     with _phase(seconds, "warm_up"):
         runner.warm_up(min(step_tokens, length or step_tokens))
         store.slots.poison()
+    if where.type == "cuda":
+        with _phase(seconds, "graphs"):
+            runner.graphs = DecodeGraphs(model, store, runner.sequences, min(slots, CAPTURED))
+            runner.graphs.capture()
     return runner
 
 
@@ -226,6 +310,11 @@ def divide(budget: int, slot_bytes: int, block_bytes: int, max_running: int) -> 
             f" bytes{f' and blocks of {block_bytes}' if block_bytes else ''}"
         )
     return slots, blocks
+
+
+def sampling_bytes(max_running: int, vocab_size: int) -> int:
+    """When every running sequence asks for a token at once: logits, and copies while sampling."""
+    return max_running * vocab_size * 4 * 8
 
 
 def longest(asked: int | None, blocks: int, positions: int | None) -> int | None:
@@ -266,15 +355,16 @@ def _cuda_budget(
         blocks=blocks,
         device=device,
     )
-    capacity = Capacity(slots=min(max_running, 2), state_bytes=0, blocks=blocks)
+    capacity = Capacity(
+        slots=min(max_running, 2), state_bytes=0, blocks=blocks, max_model_len=blocks * BLOCK_SIZE
+    )
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     ModelRunner(model, store, capacity, max_step_tokens=step_tokens).warm_up(step_tokens)
     activations = torch.cuda.max_memory_allocated(device) - before
     del store
     torch.cuda.empty_cache()
-    # every running sequence may ask for a token at once: logits and their copies while sampling
-    activations += max_running * model.vocab_size * 4 * 8
+    activations += sampling_bytes(max_running, model.vocab_size)
     free, total = torch.cuda.mem_get_info(device)
     return int(free - activations - total * (1 - fraction))
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from kernels.sampling import draw
 from model.chunk import Chunk, Sampled, Sampling
 
 PROMPT = 1 << 30  # in Seen: this id stands in the prompt; the bits below count generated ones
@@ -15,15 +16,33 @@ MASK64 = (1 << 64) - 1
 COLDEST = 1e-5  # below this temperature the best token is all that float32 would leave
 
 
-def uniform(seed: int, counter: int) -> float:
-    """A number in [0, 1 - 2^-32], a function of (seed, counter) alone (splitmix64, two rounds)."""
+def noise_key(seed: int, counter: int) -> int:
+    """64 bits (signed), a function of (seed, counter) alone (splitmix64, two rounds)."""
     x = (seed * 0x9E3779B97F4A7C15 + 0x1234567) & MASK64
     for word in (0, counter):
         x = (x + word + 0x9E3779B97F4A7C15) & MASK64
         x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
         x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
         x ^= x >> 31
-    return (x >> 32) / 2.0**32
+    return x - (x >> 63 << 64)
+
+
+def uniform(seed: int, counter: int) -> float:
+    """A number in [0, 1 - 2^-32], a function of (seed, counter) alone."""
+    return ((noise_key(seed, counter) & MASK64) >> 32) / 2.0**32
+
+
+def warmth(sampling: Sampling) -> float:
+    """The temperature, 0 where it is as good as that."""
+    return sampling.temperature if sampling.temperature >= COLDEST else 0.0
+
+
+def plain(chunk: Chunk) -> bool:
+    """Whether a token is drawn from the logits as they are: kernels.sampling.draw does it."""
+    s = chunk.sampling
+    return s is None or not (
+        chunk.suppress or s.logit_bias or s.penalised or s.logprobs is not None or _filtered(s)
+    )
 
 
 class Seen:
@@ -73,35 +92,49 @@ def sample(logits: torch.Tensor, chunks: Sequence[Chunk], seen: Seen) -> torch.T
         table = torch.stack([seen.rows[chunks[i].slot] for i in penalised])
         logits[penalised] = _penalise(logits[penalised], table, [wanted[i] for i in penalised])
 
-    highest, ids = logits.max(-1)
-    finite = highest.isfinite()
-    warm = [i for i, s in enumerate(wanted) if s.temperature >= COLDEST]
-    plain = [i for i in warm if not _filtered(wanted[i])]
-    filtered = [i for i in warm if _filtered(wanted[i])]
-    for rows, draw in ((plain, _draw), (filtered, _draw_filtered)):
-        if rows:
-            noise = [uniform(wanted[i].seed, chunks[i].generated) for i in rows]
-            temperatures = _column([wanted[i].temperature for i in rows], device)
-            whole = len(rows) == len(logits)
-            picked = logits - highest[:, None] if whole else logits[rows] - highest[rows, None]
-            drawn = draw(picked / temperatures, noise, [wanted[i] for i in rows], device)
-            ids = drawn if whole else ids.index_copy(0, torch.tensor(rows, device=device), drawn)
+    temperatures, keys = noise([warmth(s) for s in wanted], chunks, device)
+    ids = draw(logits, temperatures, keys)
+    filtered = [i for i, s in enumerate(wanted) if warmth(s) and _filtered(s)]
+    if filtered:
+        some = logits if len(filtered) == len(logits) else logits[filtered]
+        drawn = _draw_filtered(
+            (some - some.amax(1, keepdim=True)) / temperatures[filtered, None],
+            [uniform(wanted[i].seed, chunks[i].generated) for i in filtered],
+            [wanted[i] for i in filtered],
+        )
+        rows = torch.tensor(filtered, device=device)
+        ids.index_copy_(0, rows, torch.where(ids[rows] < 0, ids[rows], drawn))
 
     result = torch.zeros(len(logits), 2 + 2 * best, dtype=torch.float64, device=device)
-    result[:, 0] = torch.where(finite, ids, -1)
+    result[:, 0] = ids
     if log_probabilities is not None:
-        result[asked, 1] = log_probabilities.gather(1, ids[asked, None])[:, 0].double()
+        of_drawn = log_probabilities.gather(1, ids[asked, None].clamp(min=0))
+        result[asked, 1] = of_drawn[:, 0].double()
         values, best_ids = log_probabilities.topk(best, dim=-1)
         result[asked, 2 : 2 + best] = values.double()
         result[asked, 2 + best :] = best_ids.double()
     return result
 
 
+def noise(
+    temperatures: Sequence[float], chunks: Sequence[Chunk], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What kernels.sampling.draw needs of rows: temperatures [R] float32, keys [R] int64."""
+    keys = np.array(
+        [noise_key(c.sampling.seed, c.generated) for c in chunks if c.sampling is not None],
+        dtype=np.int64,
+    )
+    warm = torch.from_numpy(np.array(temperatures, dtype=np.float32))
+    return warm.to(device), torch.from_numpy(keys).to(device)
+
+
 def read(result: torch.Tensor, chunks: Sequence[Chunk]) -> list[Sampled]:
-    """The rows of sample() on the host. The one device-to-host copy of a step."""
+    """The rows of sample() once they are on the host; ids alone, [R] int64, do too."""
+    if result.ndim == 1:
+        return [Sampled(id) for id in result.tolist()]
     best = (result.shape[1] - 2) // 2
     samples = []
-    for row, chunk in zip(result.cpu().tolist(), chunks, strict=True):
+    for row, chunk in zip(result.tolist(), chunks, strict=True):
         sampled = Sampled(int(row[0]))
         asked = chunk.sampling.logprobs if chunk.sampling is not None else None
         if asked is not None:
@@ -165,18 +198,12 @@ def _invert(probabilities: torch.Tensor, noise: list[float]) -> torch.Tensor:
     return found.clamp_(max=probabilities.shape[1] - 1)
 
 
-def _draw(
-    logits: torch.Tensor, noise: list[float], wanted: list[Sampling], device: torch.device
-) -> torch.Tensor:
-    return _invert(logits.softmax(-1), noise)[:, 0]
-
-
 def _draw_filtered(
-    logits: torch.Tensor, noise: list[float], wanted: list[Sampling], device: torch.device
+    logits: torch.Tensor, noise: list[float], wanted: list[Sampling]
 ) -> torch.Tensor:
     """Draw among the top_k best, those of at least min_p times the best's probability, and the
     fewest that hold top_p of what is left."""
-    vocab = logits.shape[1]
+    device, vocab = logits.device, logits.shape[1]
     values, order = logits.sort(dim=-1, descending=True, stable=True)
     top_k = _column([min(s.top_k or vocab, vocab) for s in wanted], device)
     log_min_p = _column([math.log(s.min_p) if s.min_p > 0 else -math.inf for s in wanted], device)

@@ -22,7 +22,7 @@ class Field:
 
     axis:  the axis along which it keeps one row a position, modulo its size; None: it is used whole
            from the first token on. Rows that no position has written are nobody's.
-    since: the field of the slot, int64 [H], that says which position is the first in use.
+    since: the field of the slot, int64 [H, ...], whose first number is the first position in use.
     """
 
     name: str

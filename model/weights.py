@@ -1,4 +1,8 @@
-"""Weights: safetensors files streamed into parameters, each by its name in the checkpoint."""
+"""Weights: safetensors files streamed into parameters, each by its name in the checkpoint.
+
+A shard is mapped, its tensors are copied from the mapping to the device in pieces, and it is closed
+before the next one is opened: host memory holds one shard at most, and a piece.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,18 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+
+from model.names import folded
+from model.progress import Progress
+
+PIECE_BYTES = 256 << 20  # of a tensor that are copied at a time
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class WeightsError(ValueError):
@@ -17,16 +29,26 @@ class WeightsError(ValueError):
 
 
 class Parameters:
-    """Allocates parameters and remembers which checkpoint tensor fills which of them."""
+    """Allocates parameters and remembers which checkpoint tensor fills which of them.
+
+    places:  by name in the checkpoint, the parameter (or the part of one) that a tensor fills.
+    tensors: every parameter as it was allocated.
+    linear:  those of them that a linear layer multiplies by, [..., outputs, inputs]: the ones that
+             may be quantised. Norms, routers, embedding and head never are.
+    """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self.dtype = dtype
         self.places: dict[str, torch.Tensor] = {}
+        self.tensors: list[torch.Tensor] = []
+        self.linear: list[torch.Tensor] = []
 
     def empty(self, *shape: int) -> torch.Tensor:
         """A parameter whose parts the caller enters in `places`."""
-        return torch.empty(shape, device=self.device, dtype=self.dtype)
+        parameter = torch.empty(shape, device=self.device, dtype=self.dtype)
+        self.tensors.append(parameter)
+        return parameter
 
     def tensor(self, name: str, *shape: int) -> torch.Tensor:
         """A parameter that one checkpoint tensor fills."""
@@ -34,40 +56,101 @@ class Parameters:
         self.places[name] = parameter
         return parameter
 
+    def matrix(self, name: str, rows: int, columns: int) -> torch.Tensor:
+        """A linear layer's weight that one checkpoint tensor fills."""
+        return self.rows([(name, rows)], columns)
+
     def rows(self, names_and_rows: Iterable[tuple[str, int]], columns: int) -> torch.Tensor:
         """One matrix [sum of rows, columns] of several checkpoint tensors: one GEMM does."""
         parts = list(names_and_rows)
-        parameter = self.empty(sum(n for _, n in parts), columns)
+        parameter = self.matrices(sum(n for _, n in parts), columns)
         for (name, _), view in zip(parts, parameter.split([n for _, n in parts]), strict=True):
             self.places[name] = view
         return parameter
 
+    def matrices(self, *shape: int) -> torch.Tensor:
+        """Weights of linear layers, as those of all experts, whose parts the caller enters in
+        `places`."""
+        parameter = self.empty(*shape)
+        self.linear.append(parameter)
+        return parameter
+
+    @torch.no_grad()
+    def randomize(self, seed: int) -> None:
+        """Fill every place with numbers made on the device: vectors with ones, matrices with normal
+        numbers that keep the size of what they multiply."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        for place in self.places.values():
+            if place.ndim < 2:
+                place.fill_(1.0)
+            else:
+                drawn = torch.randn(place.shape, generator=generator, device=self.device)
+                place.copy_(drawn.mul_(place.shape[-1] ** -0.5))
+
     def fill(self, directory: Path, *, ignore: re.Pattern[str]) -> None:
-        """Copy every tensor of the checkpoint to its place, one at a time.
+        """Copy every tensor of the checkpoint to its place, shard by shard.
 
         Raises WeightsError that names all missing, left-over and misshapen tensors. Names that
         `ignore` matches whole are passed over.
         """
         missing = dict(self.places)
+        left_over: list[str] = []
         wrong: list[str] = []
-        for path in weight_files(directory):
-            with safe_open(path, framework="pt", device=str(self.device)) as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    if ignore.fullmatch(name):
-                        continue
-                    place = missing.pop(name, None)
-                    if place is None:
-                        wrong.append(f"left over: {name}")
-                        continue
-                    shape = tuple(file.get_slice(name).get_shape())
-                    if shape != tuple(place.shape):
-                        wrong.append(f"{name}: shape {shape}, {tuple(place.shape)} is due")
-                        continue
-                    place.copy_(file.get_tensor(name))
-        wrong += [f"missing: {name}" for name in missing]
+        paths = weight_files(directory)
+        ends = list(accumulate(path.stat().st_size for path in paths))
+        with Progress(desc="weights", total=ends[-1], unit="B", unit_scale=True) as progress:
+            for path, end in zip(paths, ends, strict=True):
+                with shard(path) as file:
+                    for name in file.offset_keys():
+                        if ignore.fullmatch(name):
+                            continue
+                        place = missing.pop(name, None)
+                        if place is None:
+                            left_over.append(name)
+                        elif fault := _fault(file, name, place):
+                            wrong.append(fault)
+                        else:
+                            _copy(file, name, place, progress)
+                progress.update(end - progress.n)  # the header, and what was passed over
+        wrong += [f"left over: {name}" for name in folded(left_over)]
+        wrong += [f"missing: {name}" for name in folded(missing)]
         if wrong:
-            shown = "; ".join(wrong[:20]) + (f"; and {len(wrong) - 20} more" if wrong[20:] else "")
-            raise WeightsError(f"{directory}: {len(wrong)} wrong tensors: {shown}")
+            raise WeightsError(f"{directory}: wrong tensors: {'; '.join(wrong)}")
+
+
+def shard(path: Path) -> Any:
+    """A safetensors file, opened: mapped, or where that cannot be, read as its tensors are."""
+    try:
+        try:
+            return safe_open(path, framework="pt", device="cpu")
+        except OSError:
+            return safe_open(path, framework="pt", device="cpu", backend="pread")
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is no whole safetensors file: {error}") from error
+
+
+def _fault(file: Any, name: str, place: torch.Tensor) -> str | None:
+    """Why a tensor of a shard does not fit its place; None if it does."""
+    source = file.get_slice(name)
+    shape, kind = tuple(source.get_shape()), source.get_dtype()
+    if shape != tuple(place.shape):
+        return f"{name}: shape {shape}, {tuple(place.shape)} is due"
+    if kind not in FLOATS:
+        return f"{name}: dtype {kind}, one of {', '.join(FLOATS)} is due"
+    return None
+
+
+def _copy(file: Any, name: str, place: torch.Tensor, progress: Progress) -> None:
+    """Copy a tensor of a shard to its place, as many rows at a time as make a piece."""
+    if not place.ndim:
+        place.copy_(file.get_tensor(name))
+        return
+    source, rows = file.get_slice(name), len(place)
+    step = max(rows * PIECE_BYTES // max(place.numel() * 4, 1), 1)
+    for start in range(0, rows, step):
+        piece = source[start : min(start + step, rows)]
+        place[start : start + step].copy_(piece)
+        progress.update(piece.nbytes)
 
 
 def weight_files(directory: Path) -> list[Path]:

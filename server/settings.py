@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # a name, or owner/name
 
 
 class Settings(BaseSettings):
@@ -16,10 +19,28 @@ class Settings(BaseSettings):
         env_prefix="STEADYSTATE_", frozen=True, extra="forbid", protected_namespaces=()
     )
 
-    model: str = Field("recall", description="checkpoint directory, or the name of a bundled model")
+    model: str = Field(
+        "recall", description="checkpoint directory, name of a bundled model, or id on the hub"
+    )
     served_model_name: str | None = Field(
         None,
-        description="id under /v1/models; default: the directory's name",
+        description="id under /v1/models; default: the directory's name, or the id on the hub",
+    )
+    revision: str | None = Field(
+        None,
+        description="branch, tag or commit on the hub; default: main",
+    )
+    hub_token: str | None = Field(
+        None,
+        repr=False,
+        description="for private and gated models; default: HF_TOKEN, or what a login left",
+    )
+    hub_cache: Path | None = Field(
+        None,
+        description="where models from the hub are kept; default: HF_HUB_CACHE, or under HF_HOME",
+    )
+    hub_offline: bool = Field(
+        False, description="take models from the cache alone, as with HF_HUB_OFFLINE=1"
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
@@ -42,8 +63,12 @@ class Settings(BaseSettings):
     state_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the states; docs/state-dtype.md says which models bfloat16 suits"
     )
-    ring: int = Field(
-        0, ge=0, le=64, description="tokens that decoding keeps beside a state before it folds them"
+    ring: int | None = Field(
+        None,
+        ge=0,
+        le=64,
+        description="tokens that decoding keeps beside a state before it folds them; default: 16 on"
+        " CUDA, 0 on the CPU, where each is folded at once",
     )
     threads: int | None = Field(
         None,
@@ -96,6 +121,11 @@ class Settings(BaseSettings):
         ge=1,
         description="chat: tokens generated when the request names no bound",
     )
+    reasoning_parser: Literal["auto", "think", "none"] = Field(
+        "auto",
+        description="think: chats tell what stands in <think>...</think> as reasoning_content; "
+        "auto: where the chat template or the tokenizer has these tags",
+    )
     max_queue_requests: int = Field(
         1024,
         ge=1,
@@ -125,6 +155,12 @@ class Settings(BaseSettings):
             raise ValueError("no key in it; leave it out for a server that is open to all")
         return keys
 
+    @model_validator(mode="after")
+    def _of_the_hub(self) -> Self:
+        if self.revision is not None and self.hub_id is None:
+            raise ValueError(f"revision is for models on the hub, and {self.model!r} is none")
+        return self
+
     @property
     def host_cache_bytes(self) -> int:
         """Bytes of host memory for checkpoints."""
@@ -149,6 +185,13 @@ class Settings(BaseSettings):
         return Path(self.model)
 
     @property
+    def hub_id(self) -> str | None:
+        """The model's id on the hub; None when it is a directory, or can only be one."""
+        if self.model_path.is_dir() or not HUB_ID.fullmatch(self.model):
+            return None
+        return self.model
+
+    @property
     def model_id(self) -> str:
         """The name under which the model is served."""
-        return self.served_model_name or self.model_path.resolve().name
+        return self.served_model_name or self.hub_id or self.model_path.resolve().name

@@ -123,7 +123,7 @@ class LightningMixer:
             config.hidden,
         )
         self.norm = parameters.tensor(f"{prefix}.norm.weight", width)
-        self.out = parameters.tensor(f"{prefix}.out_proj.weight", config.hidden, width)
+        self.out = parameters.matrix(f"{prefix}.out_proj.weight", config.hidden, width)
         # transformers' own layer factor: in the last layer it differs from the paper's
         factor = 1 - index / (len(config.layers) - 1 + 1e-5) + 1e-5
         slopes = alibi_slopes(self.heads) * factor
@@ -157,7 +157,7 @@ class SoftmaxMixer:
             ],
             config.hidden,
         )
-        self.out = parameters.tensor(f"{prefix}.o_proj.weight", config.hidden, rows)
+        self.out = parameters.matrix(f"{prefix}.o_proj.weight", config.hidden, rows)
 
     def __call__(self, h: torch.Tensor, step: Step) -> torch.Tensor:
         qkv = F.linear(h, self.qkv).unflatten(1, (-1, self.dim))
@@ -184,8 +184,8 @@ class Experts:
         count, width, hidden = config.experts, config.intermediate, config.hidden
         self.top = config.experts_per_token
         self.router = parameters.tensor(f"{prefix}.gate.weight", count, hidden)
-        self.gate_up = parameters.empty(count, 2 * width, hidden)
-        self.down = parameters.empty(count, hidden, width)
+        self.gate_up = parameters.matrices(count, 2 * width, hidden)
+        self.down = parameters.matrices(count, hidden, width)
         for e in range(count):
             name = f"{prefix}.experts.{e}"
             parameters.places[f"{name}.w1.weight"] = self.gate_up[e, :width]

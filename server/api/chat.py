@@ -10,13 +10,16 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.choice import Piece, TokenChoice
-from server.api.continuing import after_messages, opened
+from server.api.continuing import after_messages, open_context, template_kwargs
 from server.api.disconnect import unless_disconnected
 from server.api.generate import Generation, Prompt, options_of, start
 from server.api.logs import Record
-from server.api.schemas import ChatBody, Message, TemplateBody
+from server.api.reasoning import OPEN, opened
+from server.api.schemas import ChatBody, Message, TemplateBody, for_template
 from server.api.service import Service, TheService
 from server.api.stream import JSON, EventStream
+
+TAIL = 32  # tokens of a prompt in which an opening tag at its end is looked for
 
 router = APIRouter()
 
@@ -49,11 +52,12 @@ async def encode_messages(service: Service, body: TemplateBody, messages: list[M
     """A conversation as a prompt."""
     ending = body.add_generation_prompt
     tokens = await service.tokenizer.encode_chat(
-        [message.for_template() for message in messages],
+        for_template(messages),
         add_generation_prompt=not body.continue_final_message if ending is None else ending,
         continue_final_message=body.continue_final_message,
         add_special_tokens=bool(body.add_special_tokens),
-        kwargs=body.chat_template_kwargs,
+        tools=[tool.for_template() for tool in body.offered],
+        kwargs=template_kwargs(body),
     )
     return Prompt(tokens, boundaries=service.tokenizer.boundaries(tokens))
 
@@ -62,15 +66,29 @@ async def _begin(service: Service, body: ChatBody, request: Request) -> Generati
     if body.context is None:
         prompt = await encode_messages(service, body, body.messages)
     else:
-        context = await opened(service, body.context, request.state.owner, salt=body.cache_salt)
+        context = await open_context(
+            service, body.context, request.state.owner, salt=body.cache_salt
+        )
         prompt = await after_messages(service, context, body)
     options = options_of(
         body,
         service,
         max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        thinking=_thinking(service, body, prompt) if service.tells_reasoning else None,
     )
     return start(service, [prompt], options, request.state.record)
+
+
+def _thinking(service: Service, body: ChatBody, prompt: Prompt) -> bool:
+    """Whether the prompt ends inside a block of reasoning, which the reply then goes on with.
+
+    The template may open one at the prompt's very end; elsewhere the tag is somebody's text.
+    """
+    if body.continue_final_message:
+        content = body.messages[-1].content or ""
+        return opened(content if isinstance(content, str) else "\n".join(content))
+    return service.tokenizer.decode(prompt.tokens[-TAIL:]).rstrip().endswith(OPEN)
 
 
 async def _whole(
@@ -83,9 +101,12 @@ async def _whole(
         generation.close()
     choices = []
     for done in pieces:
+        message = {"role": "assistant", "content": done.text, "refusal": None}
+        if service.tells_reasoning:
+            message["reasoning_content"] = done.reasoning or None
         choice: dict[str, Any] = {
             "index": done.index,
-            "message": {"role": "assistant", "content": done.text, "refusal": None},
+            "message": message,
             "logprobs": _logprobs(body, done.logprobs),
             "finish_reason": done.finish,
             "stop_reason": done.stop,
@@ -128,6 +149,8 @@ def _delta(body: ChatBody, piece: Piece, first: bool) -> dict[str, Any]:
         delta = {"role": "assistant", "content": piece.text, "refusal": None}
     elif piece.text:
         delta = {"content": piece.text}
+    if piece.reasoning:
+        delta["reasoning_content"] = piece.reasoning
     choice: dict[str, Any] = {
         "index": piece.index,
         "delta": delta,

@@ -254,7 +254,8 @@ class EngineClient:
         ]
         stdin = self._process.stdin
         assert stdin is not None
-        keyless = settings.model_copy(update={"api_key": ()})  # the engine needs to know no key
+        nothing = {"api_key": (), "hub_token": None}  # the engine needs to know no secret
+        keyless = settings.model_copy(update=nothing)
         stdin.write(keyless.model_dump_json().encode())
         stdin.close()  # after what was written
 

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.choice import Piece, TokenChoice
-from server.api.continuing import after_text, after_tokens, opened
+from server.api.continuing import after_text, after_tokens, open_context
 from server.api.detokenizer import UNFINISHED
 from server.api.disconnect import unless_disconnected
 from server.api.generate import Generation, Prompt, check_tokens, options_of, start
@@ -60,7 +60,9 @@ async def _begin(service: Service, body: CompletionBody, request: Request) -> Ge
         )
     context = None
     if body.context is not None:
-        context = await opened(service, body.context, request.state.owner, salt=body.cache_salt)
+        context = await open_context(
+            service, body.context, request.state.owner, salt=body.cache_salt
+        )
     prompts = [await _prompt(service, body, prompt, context) for prompt in body.prompt]
     options = options_of(body, service, max_tokens=body.max_tokens, logprobs=body.logprobs)
     return start(service, prompts, options, request.state.record)

@@ -17,10 +17,11 @@ from starlette.background import BackgroundTask
 from starlette.responses import FileResponse, Response
 
 from server.api import exchange
-from server.api.continuing import opened, trouble_of, whole
+from server.api.continuing import open_context, template_kwargs, trouble_of, whole
 from server.api.disconnect import unless_disconnected
 from server.api.reading import ForkBody, body_of, read
 from server.api.registry import TAIL, Record
+from server.api.schemas import for_template
 from server.api.service import Service, TheService
 from server.api.stream import JSON
 from server.errors import RequestError
@@ -42,10 +43,11 @@ async def create(request: Request, service: TheService) -> Response:
     service.check_model(body.model)
     messages = None
     if body.messages is not None:
-        messages = [message.for_template() for message in body.messages]
+        messages = for_template(body.messages)
         template = {
             "add_special_tokens": bool(body.add_special_tokens),
-            "kwargs": body.chat_template_kwargs,
+            "kwargs": template_kwargs(body),
+            "tools": [tool.for_template() for tool in body.offered],
         }
         tokens = await whole(service, messages, template)
         boundaries = service.tokenizer.boundaries(tokens)
@@ -128,7 +130,7 @@ async def delete(id: str, request: Request, service: TheService) -> Response:
 async def fork(id: str, request: Request, service: TheService) -> Response:
     """A context of its own that begins as this one; the state is shared."""
     body = ForkBody.parse(await request.body() or b"{}")
-    record = await opened(service, id, request.state.owner)
+    record = await open_context(service, id, request.state.owner)
     record = msgspec.structs.replace(
         record,
         id="ctx_" + secrets.token_hex(12),
@@ -145,15 +147,9 @@ async def fork(id: str, request: Request, service: TheService) -> Response:
 async def append(id: str, request: Request, service: TheService) -> Response:
     """Read more behind a context, which then is all of it. Nothing bounds the sum."""
     body = await body_of(request, service)
-    for field in ("name", "cache_salt", "add_special_tokens"):
-        if getattr(body, field) is not None:
-            raise RequestError(f"{field} is set when a context is made, not later", param=field)
-    if body.chat_template_kwargs:
-        raise RequestError(
-            "chat_template_kwargs are set when a context is made, not later",
-            param="chat_template_kwargs",
-        )
-    record = await opened(service, id, request.state.owner)
+    for field in sorted(body.model_fields_set - {"model", "text", "messages", "ttl"}):
+        raise RequestError(f"{field} is set when a context is made, not later", param=field)
+    record = await open_context(service, id, request.state.owner)
     kind = "text" if body.messages is None else "messages"
     if kind != record.kind:
         raise RequestError(
@@ -162,7 +158,7 @@ async def append(id: str, request: Request, service: TheService) -> Response:
         )
     messages, base, drop, boundaries = None, record.key, 0, []
     if body.messages is not None:
-        messages = [*(record.messages or []), *(m.for_template() for m in body.messages)]
+        messages = [*(record.messages or []), *for_template(body.messages)]
         tokens = await whole(service, messages, record.template)
         boundaries = service.tokenizer.boundaries(tokens)
         base, count, tail = "", len(tokens), tokens[-TAIL:]
@@ -189,7 +185,7 @@ async def append(id: str, request: Request, service: TheService) -> Response:
 @router.get("/v1/contexts/{id}/file")
 async def file(id: str, request: Request, service: TheService) -> Response:
     """A context as one safetensors file, for another server of the same model."""
-    record = await opened(service, id, request.state.owner)
+    record = await open_context(service, id, request.state.owner)
     path = await exchange.exported(service, record)
     return FileResponse(
         path,

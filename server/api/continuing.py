@@ -10,14 +10,14 @@ from typing import Any
 
 from server.api.generate import Prompt
 from server.api.registry import Record
-from server.api.schemas import ChatBody
+from server.api.schemas import ChatBody, TemplateBody, for_template
 from server.api.service import Service
 from server.engine.chain import Chain, common, root_of, salt_digest
 from server.errors import GoneError, RequestError, SteadystateError, StorageFullError
 from server.protocol import Fetch, Trouble
 
 
-async def opened(service: Service, id: str, owner: str, *, salt: str | None = None) -> Record:
+async def open_context(service: Service, id: str, owner: str, *, salt: str | None = None) -> Record:
     """A context whose state is where requests find it at once. Raises NotFoundError, GoneError."""
     record = await asyncio.to_thread(service.contexts.get, id, owner)
     if salt is not None and salt_digest(salt) != record.salt:
@@ -61,7 +61,7 @@ async def after_messages(service: Service, record: Record, body: ChatBody) -> Pr
     """Messages behind a context: of text, which they follow as they are rendered; of messages, with
     which they are rendered as one conversation. RequestError when that does not begin as the
     context does."""
-    messages = [message.for_template() for message in body.messages]
+    messages = for_template(body.messages)
     ending = body.add_generation_prompt
     if ending is None:
         ending = not body.continue_final_message
@@ -70,14 +70,17 @@ async def after_messages(service: Service, record: Record, body: ChatBody) -> Pr
             messages,
             add_generation_prompt=ending,
             continue_final_message=body.continue_final_message,
-            kwargs=body.chat_template_kwargs,
+            tools=[tool.for_template() for tool in body.offered],
+            kwargs=template_kwargs(body),
         )
         return _prompt(record, tokens, boundaries=service.tokenizer.boundaries(tokens))
     template = record.template
     if body.add_special_tokens is not None:
         template = {**template, "add_special_tokens": body.add_special_tokens}
-    if body.chat_template_kwargs:
-        template = {**template, "kwargs": body.chat_template_kwargs}
+    if template_kwargs(body):
+        template = {**template, "kwargs": template_kwargs(body)}
+    if body.tools:
+        template = {**template, "tools": [tool.for_template() for tool in body.offered]}
     tokens = await whole(
         service,
         [*(record.messages or []), *messages],
@@ -89,6 +92,12 @@ async def after_messages(service: Service, record: Record, body: ChatBody) -> Pr
         raise await _parting(service, record, tokens)
     boundaries = service.tokenizer.boundaries(tokens)
     return _prompt(record, tokens[record.count :], boundaries=boundaries, absolute=True)
+
+
+def template_kwargs(body: TemplateBody) -> dict[str, Any]:
+    """What a body gives the chat template beside messages and tools."""
+    effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
+    return body.chat_template_kwargs | effort
 
 
 async def whole(
@@ -105,6 +114,7 @@ async def whole(
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
         add_special_tokens=bool(template.get("add_special_tokens")),
+        tools=template.get("tools", ()),
         kwargs=template.get("kwargs"),
     )
 

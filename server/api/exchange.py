@@ -108,6 +108,7 @@ class _Template(msgspec.Struct, forbid_unknown_fields=True):
 
     add_special_tokens: bool = False
     kwargs: dict[str, Any] = {}
+    tools: list[dict[str, Any]] = []
 
 
 class _Context(msgspec.Struct, forbid_unknown_fields=True):
@@ -121,9 +122,12 @@ class _Context(msgspec.Struct, forbid_unknown_fields=True):
 class _Message(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """A message as chat templates know it."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "user", "assistant", "tool"]
     content: str | list[str] | None
     name: Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)] | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
 
 
 def _fields(path: Path, limit: int) -> dict[str, Any]:

@@ -66,12 +66,17 @@ class Generation:
     def usage(self) -> dict[str, object]:
         """OpenAI's usage object, as of now."""
         completion = self.completion_tokens
-        return {
+        usage: dict[str, object] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self.prompt_tokens + completion,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+        thought = [choice.reasoning_tokens for choice in self.choices]
+        known = [count for count in thought if count is not None]
+        if known:
+            usage["completion_tokens_details"] = {"reasoning_tokens": sum(known)}
+        return usage
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Pieces of all choices as they come; each choice's last one has a finish."""
@@ -101,14 +106,17 @@ class Generation:
         """All choices to their end, each as one piece."""
         whole = [Piece(choice.index) for choice in self.choices]
         texts: list[list[str]] = [[] for _ in self.choices]
+        thoughts: list[list[str]] = [[] for _ in self.choices]
         async for piece in self.pieces():
             done = whole[piece.index]
             texts[piece.index].append(piece.text)
+            thoughts[piece.index].append(piece.reasoning)
             done.tokens += piece.tokens
             done.logprobs += piece.logprobs
             done.finish, done.stop = piece.finish, piece.stop
-        for done, parts in zip(whole, texts, strict=True):
-            done.text = "".join(parts)
+        for done in whole:
+            done.text = "".join(texts[done.index])
+            done.reasoning = "".join(thoughts[done.index])
         return whole
 
     def close(self) -> None:
@@ -189,6 +197,7 @@ def options_of(
     *,
     max_tokens: int | None,
     logprobs: int | None,
+    thinking: bool | None = None,
 ) -> Options:
     """What a body asks for, the checkpoint's own sampling defaults filled in."""
     defaults = service.sampling_defaults
@@ -209,6 +218,7 @@ def options_of(
         include_stop=body.include_stop_str_in_output,
         skip_special_tokens=body.skip_special_tokens,
         salt=body.cache_salt or "",
+        thinking=thinking,
         sampling=Sampling(
             temperature=chosen.get("temperature", 1.0),
             top_p=chosen.get("top_p", 1.0),

@@ -44,6 +44,10 @@ class ContextBody(TemplateBody):
     def _either(self) -> Self:
         if (self.text is None) == (self.messages is None):
             raise ValueError("text or messages is needed, exactly one of them")
+        if self.text is not None:
+            for name in ("tools", "reasoning_effort", "chat_template_kwargs"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} is for messages, and there is a text")
         for name in ("add_generation_prompt", "continue_final_message"):
             if getattr(self, name):
                 raise ValueError(f"{name} is not for contexts: what follows decides")

@@ -6,7 +6,7 @@ which clients echo what they once received.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -21,6 +21,7 @@ from pydantic import (
 
 from server.api import limits
 from server.api.body import UNSUPPORTED, Body, shown
+from server.api.tools import CallList, ToolFields, check_size
 
 Name = Annotated[str, StringConstraints(max_length=limits.MAX_NAME_CHARS)]
 Salt = Annotated[str, StringConstraints(min_length=1, max_length=limits.MAX_NAME_CHARS)]
@@ -124,27 +125,42 @@ class Message(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
-    role: Literal["developer", "system", "user", "assistant"]
+    role: Literal["developer", "system", "user", "assistant", "tool"]
     content: str | list[str] | None = None
     name: Name | None = None
+    reasoning_content: str | None = None
+    tool_calls: CallList | None = None
+    tool_call_id: Name | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _plain(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        for name in ("tool_calls", "function_call", "audio"):
+        role = value.get("role")
+        for name in ("function_call", "audio"):
             if value.get(name):
                 raise ValueError(f"{name} is not supported by this server")
-        if value.get("content") is None and value.get("role") != "assistant":
-            raise ValueError("content must be a string or a list of text parts")
+        if role != "assistant":
+            if value.get("content") is None:
+                raise ValueError("content must be a string or a list of text parts")
+            if value.get("tool_calls"):
+                raise ValueError(f"tool_calls are an assistant's, got role {shown(role)}")
+            value = {k: v for k, v in value.items() if k not in ("tool_calls", "reasoning_content")}
+        if role == "tool":
+            if not isinstance(value.get("tool_call_id"), str):
+                raise ValueError(
+                    "tool_call_id must be the id of a call, got " + shown(value.get("tool_call_id"))
+                )
+        else:
+            value = {k: v for k, v in value.items() if k != "tool_call_id"}
         return value
 
     @field_validator("role", mode="before")
     @classmethod
     def _role(cls, value: Any) -> Any:
-        if value in ("tool", "function"):
-            raise ValueError("tools are not supported by this server")
+        if value == "function":
+            raise ValueError("is 'tool' where functions are tools, got \"function\"")
         return value
 
     @field_validator("content", mode="before")
@@ -167,11 +183,29 @@ class Message(BaseModel):
             texts.append(text)
         return texts
 
-    def for_template(self) -> dict[str, Any]:
-        """As chat templates know it: the role `developer` is called system there."""
+    def for_template(self, names: Mapping[str, str]) -> dict[str, Any]:
+        """As chat templates know it: the role `developer` is called system there, and the answer
+        of a tool has the name that its call had, by `names`."""
         role = "system" if self.role == "developer" else self.role
         message: dict[str, Any] = {"role": role, "content": self.content}
-        return message if self.name is None else message | {"name": self.name}
+        name = self.name or (names.get(self.tool_call_id) if self.tool_call_id else None)
+        optional = {
+            "name": name,
+            "reasoning_content": self.reasoning_content,
+            "tool_calls": [call.for_template() for call in self.tool_calls or ()] or None,
+            "tool_call_id": self.tool_call_id,
+        }
+        return message | {key: value for key, value in optional.items() if value is not None}
+
+
+def for_template(messages: list[Message]) -> list[dict[str, Any]]:
+    """A conversation as chat templates know it."""
+    names: dict[str, str] = {}
+    shaped = []
+    for message in messages:
+        names |= {call.id: call.function.name for call in message.tool_calls or ()}
+        shaped.append(message.for_template(names))
+    return shaped
 
 
 Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True), BeforeValidator(_few)]
@@ -190,9 +224,10 @@ class ResponseFormat(BaseModel):
         return value
 
 
-class TemplateBody(Body):
+class TemplateBody(ToolFields):
     """How messages become a prompt."""
 
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     add_special_tokens: bool | None = None
@@ -203,9 +238,7 @@ class TemplateBody(Body):
     @field_validator("chat_template_kwargs")
     @classmethod
     def _small(cls, value: dict[str, Any]) -> dict[str, Any]:
-        size = len(json.dumps(value))
-        if size > limits.MAX_TEMPLATE_KWARGS_BYTES:
-            raise ValueError(f"at most {limits.MAX_TEMPLATE_KWARGS_BYTES} bytes, got {size}")
+        check_size(value, limits.MAX_TEMPLATE_KWARGS_BYTES)
         return value
 
     @model_validator(mode="after")
@@ -213,6 +246,12 @@ class TemplateBody(Body):
         if self.continue_final_message and self.add_generation_prompt:
             raise ValueError(
                 "add_generation_prompt and continue_final_message must not both be true"
+            )
+        effort = self.chat_template_kwargs.get("reasoning_effort", self.reasoning_effort)
+        if self.reasoning_effort is not None and effort != self.reasoning_effort:
+            raise ValueError(
+                f"reasoning_effort differs from that in chat_template_kwargs: {shown(effort)}, "
+                f"got {shown(self.reasoning_effort)}"
             )
         return self
 

@@ -16,6 +16,7 @@ from fastapi import Depends, Request
 from model.chunk import Capacity
 from server.api.body import Body
 from server.api.client import EngineClient
+from server.api.fetch import fetch
 from server.api.limits import Queue
 from server.api.metrics import Metrics
 from server.api.registry import Registry
@@ -37,6 +38,7 @@ SHUTTING_DOWN = "the server is shutting down"
 class Service:
     """Settings, engine, tokenizer, metrics and queue of one server.
 
+    `tells_reasoning`: whether chats tell what the model thinks apart from what it answers.
     `failure` says why the server cannot go on; whoever runs it then ends it. `active` counts the
     requests under way, for whoever waits for them to end.
     """
@@ -59,6 +61,7 @@ class Service:
         self.eos_ids: tuple[int, ...] = ()
         self.contexts: Registry
         self.scratch: Path  # for files that come and go
+        self.tells_reasoning = False
         self._start_engine = start_engine
         self._life: asyncio.Task[None] | None = None
         self._closers: list[Callable[[], Awaitable[None] | None]] = []
@@ -117,14 +120,20 @@ class Service:
 
     async def _live(self) -> None:
         try:
-            path = self.settings.model_path
+            settings = self.settings
+            if settings.hub_id is not None:
+                fetched = {"model": str(await fetch(settings)), "revision": None}
+                settings = settings.model_copy(update=fetched)
+            path = settings.model_path
             if not path.is_dir():
                 raise ValueError(f"model: no checkpoint directory at {str(path)!r}")
-            self.client = await self._start_engine(self.settings)
+            self.client = await self._start_engine(settings)
             self._closers.append(self.client.close)
             self.tokenizer = await asyncio.to_thread(Tokenizer, path)
             self._closers.append(self.tokenizer.close)
             self.sampling_defaults = sampling_defaults(path)
+            parser = settings.reasoning_parser
+            self.tells_reasoning = parser == "think" or (parser == "auto" and self.tokenizer.thinks)
             await self.client.ready()
             self.capacity = self.client.capacity
             width = self.capacity.vocab_size  # an id beyond it cannot be drawn

@@ -30,7 +30,7 @@ class StopStrings:
             end, start, stop = found
             self._held = ""
             return window[: end if self._include else start], stop
-        keep = max((self._overlap(window, stop) for stop in self._stops), default=0)
+        keep = max((overlap(window, stop) for stop in self._stops), default=0)
         self._held = window[len(window) - keep :]
         return window[: len(window) - keep], None
 
@@ -39,12 +39,12 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    @staticmethod
-    def _overlap(window: str, stop: str) -> int:
-        """Length of the longest end of the window that is a proper beginning of stop."""
-        start = max(0, len(window) - len(stop) + 1)
-        while (start := window.find(stop[0], start)) >= 0:
-            if stop.startswith(window[start:]):
-                return len(window) - start
-            start += 1
-        return 0
+
+def overlap(text: str, tag: str) -> int:
+    """Length of the longest end of the text that is a proper beginning of the tag."""
+    start = max(0, len(text) - len(tag) + 1)
+    while (start := text.find(tag[0], start)) >= 0:
+        if tag.startswith(text[start:]):
+            return len(text) - start
+        start += 1
+    return 0

@@ -6,6 +6,7 @@ afterwards they can be told from those that the template writes.
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,11 +62,12 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, added: Mapping[int, AddedToken]) -> None:
         self._tokenizer = tokenizer
         self._source = _source(tokenizer)
+        self._tools_source = _source(tokenizer, tools=[{}])
         self.added = {token.content: token for token in added.values()}
         self.controls = {
             token.content: id
             for id, token in added.items()
-            if token.special or (token.content in self._source and not token.content.isspace())
+            if token.special or (self.mentions(token.content) and not token.content.isspace())
         }
         self.control_ids = frozenset(self.controls.values())
         self.names = sorted(self.controls, key=len, reverse=True)
@@ -74,6 +76,10 @@ class ChatTemplate:
         self.closing = self._closing()
         self._reserved = RESERVED | set(tokenizer.special_tokens_map)
 
+    def mentions(self, text: str) -> bool:
+        """Whether a text stands in the template, or in the one for tools."""
+        return text in self._source or text in self._tools_source
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -81,8 +87,10 @@ class ChatTemplate:
         add_generation_prompt: bool,
         continue_final_message: bool,
         kwargs: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> Marked:
-        """Raises RequestError when there is no template, or when it refuses the messages."""
+        """Raises RequestError when there is no template, when it refuses the messages, or when it
+        would pass over tools, their calls or a reasoning effort."""
         if not self._source:
             raise RequestError("the model has no chat template; use /v1/completions")
         for name in kwargs:
@@ -90,11 +98,12 @@ class ChatTemplate:
                 raise RequestError(
                     f"chat_template_kwargs may not set {name!r}", param="chat_template_kwargs"
                 )
+        self._check_read(messages, tools, kwargs)
         mark = "".join(chr(0xE000 + secrets.randbelow(0x1900)) for _ in range(8))
         marker = _Marker(self, mark)
         marked = [
             {
-                name: marker(value if name != "content" else self._content(value))
+                name: marker(value if name != "content" else self._content(message))
                 for name, value in message.items()
             }
             for message in messages
@@ -104,7 +113,8 @@ class ChatTemplate:
                 marked,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                **marker(dict(kwargs)),
+                tools=marker(list(tools)) if tools else None,
+                **{name: marker(value) for name, value in kwargs.items()},
             )
         except Exception as error:  # whatever a template does wrong, it is about these messages
             reason = str(error).replace(mark, "").partition("Final message to continue:")[0]
@@ -117,7 +127,33 @@ class ChatTemplate:
         """Text with its stand-ins, a mark and a character each, replaced by what they stand for."""
         stand_in = re.compile(f"{mark}([\U000f0000-\U000ffffd])")
         text = stand_in.sub(lambda found: self.names[ord(found[1]) - 0xF0000], text)
+        escaped = _escaped(mark)  # where a template asks for JSON in ASCII
+        if escaped in text:
+            for index, name in enumerate(self.names):
+                text = text.replace(escaped + _escaped(chr(0xF0000 + index)), _escaped(name))
+            text = text.replace(escaped, "")
         return text.replace(mark, "")
+
+    def _check_read(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        """Raise RequestError for what the template does not read."""
+        source = self._tools_source if tools else self._source
+        given = {
+            "tools": ("tools", bool(tools)),
+            "tool_calls": ("messages", any("tool_calls" in message for message in messages)),
+            "reasoning_effort": ("reasoning_effort", "reasoning_effort" in kwargs),
+        }
+        for name, (param, is_given) in given.items():
+            if is_given and not re.search(rf"\b{name}\b", source):
+                raise RequestError(
+                    f"{param}: the model's chat template knows no {name}",
+                    param=param,
+                    code="unsupported_parameter",
+                )
 
     def _apply(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         conversation = [dict(message) for message in messages]
@@ -125,13 +161,18 @@ class ChatTemplate:
         assert isinstance(text, str)
         return text
 
-    def _content(self, content: str | Sequence[str] | None) -> Any:
+    def _content(self, message: Mapping[str, Any]) -> Any:
         """A message's text in the form that the template reads: a string, or a list of one part.
 
         Parts are joined here: what a template put together itself could become a control token.
         """
+        content = message["content"]
         text = content if isinstance(content, str) else "\n".join(content or [])
-        return [{"type": "text", "text": text}] if self._lists else text
+        if not self._lists:
+            return text
+        part = {"type": "text", "text": text}
+        named = message["role"] == "tool" and "name" in message  # MiniMax looks for it here
+        return [part | {"name": message["name"]} if named else part]
 
     def _wants_lists(self) -> bool:
         """Whether the template shows the text of parts and not that of a string."""
@@ -153,7 +194,7 @@ class ChatTemplate:
 
 
 class _Marker:
-    """Puts stand-ins for the text of control tokens, in every string of a value."""
+    """Puts stand-ins for the text of control tokens, in every string of a value, keys included."""
 
     def __init__(self, template: ChatTemplate, mark: str) -> None:
         self._pattern = template.pattern
@@ -168,14 +209,19 @@ class _Marker:
             self.used |= count > 0
             return text
         if isinstance(value, dict):
-            return {name: self(item) for name, item in value.items()}
+            return {self(name): self(item) for name, item in value.items()}
         if isinstance(value, list):
             return [self(item) for item in value]
         return value
 
 
-def _source(tokenizer: PreTrainedTokenizerBase) -> str:
+def _source(tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]] | None = None) -> str:
     try:
-        return tokenizer.get_chat_template() or ""
+        return tokenizer.get_chat_template(tools=tools) or ""
     except ValueError:  # no template, or several and none of them the default
         return ""
+
+
+def _escaped(text: str) -> str:
+    """As it stands inside a JSON string in ASCII."""
+    return json.dumps(text)[1:-1]

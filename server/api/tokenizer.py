@@ -24,6 +24,7 @@ from server.api.detokenizer import (
     Detokenizer,
     PrefixDetokenizer,
 )
+from server.api.reasoning import CLOSE, OPEN
 from server.api.template import ChatTemplate, Marked
 
 T = TypeVar("T")
@@ -41,7 +42,10 @@ class TokenText:
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer. Methods that take a prompt's worth of work are coroutines."""
+    """A checkpoint's tokenizer. Methods that take a prompt's worth of work are coroutines.
+
+    `thinks` says whether the model is one that reasons between tags before it answers.
+    """
 
     def __init__(self, path: Path) -> None:
         tokenizer = _load(path)
@@ -54,9 +58,12 @@ class Tokenizer:
         self._backend.encode_special_tokens = False
         added = self._backend.get_added_tokens_decoder()
         self._special = frozenset(id for id, token in added.items() if token.special)
+        tags = {id: token.content for id, token in added.items() if token.content in (OPEN, CLOSE)}
+        self._tags = frozenset(tags)
         spec = json.loads(self._backend.to_str())
         self._bytes = ByteVocabulary(self._backend) if _is_byte_level(spec["decoder"]) else None
         self.template = ChatTemplate(tokenizer, added)
+        self.thinks = len(tags) == 2 or any(map(self.template.mentions, (OPEN, CLOSE)))
         self._plain = _without(spec, self.template.controls)
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenize")
         self.size: int = self._backend.get_vocab_size(with_added_tokens=True)
@@ -77,6 +84,7 @@ class Tokenizer:
         add_generation_prompt: bool,
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> array[int]:
         """Ids of a conversation. Raises RequestError when the template refuses it."""
@@ -86,6 +94,7 @@ class Tokenizer:
                 messages,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
+                tools=tools,
                 kwargs=kwargs or {},
             )
             if not rendered.marked:
@@ -133,9 +142,13 @@ class Tokenizer:
         """Text of a prompt's worth of ids, control tokens included."""
         return await self.run(lambda: self.decode(tokens))
 
-    def detokenizer(self, prompt: Sequence[int], *, skip_special_tokens: bool) -> Detokenizer:
-        """For the text that follows a prompt."""
+    def detokenizer(
+        self, prompt: Sequence[int], *, skip_special_tokens: bool, keep_tags: bool = False
+    ) -> Detokenizer:
+        """For the text that follows a prompt. Tags around reasoning may be special tokens too."""
         skipped = self._special if skip_special_tokens else frozenset()
+        if keep_tags:
+            skipped -= self._tags
         if self._bytes is not None:
             return ByteDetokenizer(self._bytes, skipped)
         return PrefixDetokenizer(self._backend, skipped, prompt[-CONTEXT:])

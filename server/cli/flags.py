@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import types
 import typing
+from collections.abc import Collection
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
@@ -17,12 +18,15 @@ from server.settings import Settings
 FLAG_PREFIX = "settings_"  # of the parsed arguments that are fields
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser, names: Collection[str] = Settings.model_fields.keys()
+) -> None:
     """One flag a field. A flag that is not given leaves the field to variable and default."""
     group = parser.add_argument_group(
         "settings", "each also a variable, as in STEADYSTATE_PORT=8001; flags win"
     )
-    for name, field in Settings.model_fields.items():
+    for name in names:
+        field = Settings.model_fields[name]
         flag = "--" + name.replace("_", "-")
         kind = _kind(field.annotation)
         options: dict[str, Any] = {

@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
         "path",
         metavar="MODEL",
         nargs="?",
-        help="checkpoint directory, or the name of a bundled model; as --model",
+        help="checkpoint directory, name of a bundled model, or id on the hub; as --model",
     )
     add_flags(parser)
     parser.set_defaults(run=lambda arguments: _command(parser, arguments))

@@ -14,6 +14,7 @@ MODULES = (
     "rmsnorm",
     "rmsnorm_gate",
     "rotary",
+    "sampling",
     "window_attention",
 )
 

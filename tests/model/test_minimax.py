@@ -74,7 +74,8 @@ class Sequence:
 @torch.inference_mode()
 def logits_of(runner: ModelRunner, chunks: list[Chunk]) -> torch.Tensor:
     """Logits of the last row of each chunk, in the chunks' order (singles must come first)."""
-    return runner.model.forward(Batch.pack(chunks, runner.store.device), runner.store).cpu()
+    runner.sequences.keep(chunks)
+    return runner.model.forward(Batch.pack(chunks, runner.sequences), runner.store).cpu()
 
 
 def prompt(length: int, seed: int = 1) -> list[int]:

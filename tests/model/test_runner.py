@@ -43,8 +43,8 @@ def test_a_bfloat16_state_is_half_as_large_and_close(path: Path) -> None:
     exact, small = load(path), load(path, state_dtype="bfloat16")
     assert small.capacity.state_bytes * 2 == exact.capacity.state_bytes
     ids = [i * 37 % 97 for i in range(300)]
-    batch = Batch.pack([Chunk(tokens=ids, start=0, slot=1, sampling=Sampling())], CPU)
-    again = Batch.pack([Chunk(tokens=[5], start=300, slot=1, sampling=Sampling())], CPU)
+    batch = Batch.pack([Chunk(tokens=ids, start=0, slot=1, sampling=Sampling())], exact.sequences)
+    again = Batch.pack([Chunk(tokens=[5], start=300, slot=1, sampling=Sampling())], exact.sequences)
     with torch.inference_mode():
         for model, store in ((exact.model, exact.store), (small.model, small.store)):
             model.forward(batch, store)

@@ -12,6 +12,7 @@ from server.api.limits import MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PARTS
 from server.api.schemas import ChatBody, CompletionBody, TokenizeBody
 from server.errors import RequestError
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
@@ -66,7 +67,11 @@ def test_values_out_of_bounds_are_refused_by_name(parse: Any, field: str, value:
         ("messages", [{"role": "user", "content": 5}]),
         ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]),
         ("messages", [{"role": "user", "content": [{"type": "text"}]}]),
-        ("messages", [{"role": "tool", "content": "a", "tool_call_id": "1"}]),
+        ("messages", [{"role": "function", "content": "a", "name": "f"}]),
+        ("messages", [{"role": "tool", "content": "a"}]),
+        ("messages", [{"role": "tool", "tool_call_id": "1"}]),
+        ("messages", [{"role": "user", "content": "a", "tool_calls": [CALL]}]),
+        ("messages", [{"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}]),
         ("messages", [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]),
         *(("top_logprobs", value) for value in (-1, 21, 1)),
         ("logprobs", 1),
@@ -136,6 +141,8 @@ def test_a_value_that_asks_for_nothing_is_let_through() -> None:
     ):
         with pytest.raises(RequestError, match=name):
             completion(**{name: value})
+        with pytest.raises(RequestError, match=name):
+            chat(**{name: value})
 
 
 def test_null_is_absent_everywhere() -> None:
@@ -157,11 +164,13 @@ def test_extra_keys_inside_messages_are_tolerated() -> None:
         "reasoning_content": "hm",
     }
     assert chat(messages=[message, *MESSAGES]).messages[0].content is None
+    odd = {"role": "user", "content": "a", "tool_calls": [], "tool_call_id": 5, "weight": 1}
+    assert chat(messages=[odd | {"reasoning_content": 7}]).messages[0].tool_call_id is None
 
 
 def test_developers_are_system_to_the_template() -> None:
     body = chat(messages=[{"role": "developer", "content": [{"type": "text", "text": "a"}]}])
-    assert body.messages[0].for_template() == {"role": "system", "content": ["a"]}
+    assert body.messages[0].for_template({}) == {"role": "system", "content": ["a"]}
 
 
 @pytest.mark.parametrize(

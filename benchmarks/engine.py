@@ -1,0 +1,184 @@
+"""The engine alone: scheduler and runner in this process, token ids in and out, random weights.
+
+    python -m benchmarks.engine CONFIG_DIRECTORY [--only decode-64 prefill-131072 ...]
+
+A decode work gives every sequence 16 tokens of prompt and lets it generate to 529 of context; its
+value is the time between the first and the last token over the steps. A prefill work is the time
+from the request to its first token. Tokens are drawn at temperature 1 and nothing ends early. The
+second run of each work counts. The floor of a decode step: every weight that it needs read once,
+states read and written once, at the copy bandwidth measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import msgspec
+import torch
+
+from benchmarks.result import Row, write
+from benchmarks.timing import copy_bandwidth, gemm_rate
+from model.chunk import Sampling
+from model.config import Fields
+from model.runner import ModelRunner, load_runner
+from server.engine.loop import Loop
+from server.protocol import FromEngine, Generate, Step, pack_tokens
+
+PROMPT, END = 16, 529
+
+
+class Mailbox:
+    """What a line is to the engine's loop, in memory."""
+
+    def __init__(self) -> None:
+        self.inbox: list[bytes] = []
+        self.steps: list[tuple[float, Step]] = []
+
+    def receive(self, timeout: float) -> list[bytes]:
+        messages, self.inbox = self.inbox, []
+        return messages
+
+    def send(self, message: FromEngine) -> None:
+        if isinstance(message, Step):
+            self.steps.append((time.perf_counter(), message))
+
+
+@dataclass(slots=True, frozen=True)
+class Work:
+    """`count` requests of `prompt` tokens that generate `tokens` each."""
+
+    name: str
+    count: int
+    prompt: int
+    tokens: int
+    unit: str  # "ms a step" or "s"
+
+
+WORKS = [
+    *(Work(f"decode-{B}", B, PROMPT, END - PROMPT, "ms a step") for B in (1, 8, 64, 256, 512)),
+    *(Work(f"prefill-{T}", 1, T, 1, "s") for T in (8192, 131_072, 1_048_576, 4_194_304)),
+    Work("prefill-64x2048", 64, 2048, 1, "s"),
+    Work("job-256x1024+128", 256, 1024, 128, "s"),
+]
+# in each work's unit, on one H200
+GOALS = {
+    "MiniMaxForCausalLM": {
+        "decode-1": 0.75, "decode-64": 2.0, "decode-256": 3.0, "decode-512": 4.8,
+        "prefill-8192": 0.030, "prefill-131072": 0.70, "prefill-1048576": 21.0,
+        "prefill-64x2048": 0.42, "job-256x1024+128": 1.4,
+    },
+    "TransnormerForCausalLM": {
+        "decode-1": 0.75, "decode-256": 2.4,
+        "prefill-131072": 0.50, "prefill-1048576": 4.0, "prefill-4194304": 16.0,
+    },
+}  # fmt: skip
+
+
+def run(loop: Loop, mailbox: Mailbox, work: Work, vocab: int, seed: int) -> float:
+    """The work's value."""
+    rng = Random(seed)
+    encode = msgspec.msgpack.Encoder().encode
+    for i in range(work.count):
+        ids = [rng.randrange(vocab) for _ in range(work.prompt)]
+        mailbox.inbox.append(
+            encode(
+                Generate(
+                    id=f"{work.name}-{seed}-{i}",
+                    tokens=pack_tokens(ids),
+                    sampling=Sampling(temperature=1.0, seed=i),
+                    max_tokens=work.tokens,
+                )
+            )
+        )
+    mailbox.steps.clear()
+    done = 0
+    begin = time.perf_counter()
+    seen = 0
+    while done < work.count:
+        loop.turn()
+        for _, step in mailbox.steps[seen:]:
+            for output in step.outputs:
+                if output.error:
+                    raise RuntimeError(output.error)
+                done += output.finish is not None
+        seen = len(mailbox.steps)
+    if work.unit == "s":
+        return time.perf_counter() - begin
+    drawn = [
+        at for at, step in mailbox.steps if sum(bool(o.tokens) for o in step.outputs) == work.count
+    ]
+    return (drawn[-1] - drawn[0]) / (len(drawn) - 1) * 1e3
+
+
+def floor(runner: ModelRunner, fields: Fields, work: Work, bandwidth: float) -> float | None:
+    """Milliseconds of a decode step: weights once (of experts those that so many tokens are
+    expected to meet), states in and out."""
+    if work.unit == "s":
+        return None
+    experts = fields.values.get("num_local_experts", 1)
+    met = 1 - (1 - fields.values.get("num_experts_per_tok", 1) / experts) ** work.count
+    parameters = runner.parameters
+    assert parameters is not None
+    weights = sum(t.nbytes * (met if t.ndim == 3 else 1) for t in parameters.tensors)
+    states = sum(
+        view[0].nbytes
+        for name, view in runner.store.slots.views.items()
+        if name.startswith("state.")
+    )
+    return (weights + 2 * work.count * states) / bandwidth * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("config", type=Path, help="directory with config.json")
+    parser.add_argument("--only", nargs="+", choices=[work.name for work in WORKS])
+    parser.add_argument("--max-step-tokens", type=int, default=None)
+    options = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    bandwidth, rate = (copy_bandwidth(), gemm_rate()) if cuda else (0.0, 0.0)
+    if cuda:
+        torch.cuda.empty_cache()
+    runner = load_runner(
+        options.config, seed=0, max_running=512, max_step_tokens=options.max_step_tokens
+    )
+    print("start-up:", {name: round(value, 1) for name, value in runner.seconds.items()})
+    mailbox = Mailbox()
+    loop = Loop(runner, mailbox)
+    gc.collect()
+    gc.freeze()
+    fields = Fields.read(options.config)
+    goals = GOALS.get(fields.architecture, {})
+    rows = []
+    for work in WORKS:
+        named = options.only is None or work.name in options.only
+        if not named or (options.only is None and goals and work.name not in goals):
+            continue
+        values = [run(loop, mailbox, work, runner.capacity.vocab_size, seed) for seed in (1, 2)]
+        rows.append(
+            Row(
+                work=f"{options.config.name} {work.name}",
+                value=values[-1],
+                unit=work.unit,
+                better="lower",
+                floor=floor(runner, fields, work, bandwidth) if cuda else None,
+                goal=goals.get(work.name),
+            )
+        )
+        print(rows[-1].work, values, flush=True)
+    write(
+        "engine",
+        rows,
+        name=f"engine-{options.config.name}",
+        copy_TBps=bandwidth / 1e12,
+        gemm_TFLOPs=rate / 1e12,
+        device_memory_GB=runner.device_memory() / 1e9,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Kernels beside the floor of the card and beside others' kernels."""

@@ -1,0 +1,258 @@
+"""Finds tile sizes of the lightning kernels for the card at hand, and writes kernels/tuning.json.
+
+    python -m benchmarks.tune [--only prefill decode ring] [--classes 2x128 ...] [--dry-run]
+
+For every shape class each candidate is compiled, held against the float64 recurrence at ugly
+lengths, cut and uncut, and only then timed; what is wrong, or does not fit the card,
+cannot win. The prefill kernel of 16-bit inputs with keys of 128 on Hopper
+(lightning_prefill_hopper) has fixed tiles: there the first pass alone is tuned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import accumulate, product
+from typing import Any, TypeVar
+
+import torch
+
+from benchmarks.timing import milliseconds
+from kernels import lightning_decode, lightning_prefill, lightning_ring, tuning
+from kernels.lightning_reference import lightning_reference
+from kernels.packing import Packing
+from kernels.tuning import DecodeTuning, PrefillTuning, RingTuning, Tiles
+
+T = TypeVar("T")
+SLOPES = (0.9, 0.03, 4.05e-8, 0.0)
+UGLY = (1, 63, 64, 100, 257, 781, 3000)
+LONG = 65_536
+R = 16
+
+
+def bound(dtype: torch.dtype) -> float:
+    """Greatest relative error that a candidate may have."""
+    return 1e-5 if dtype == torch.float32 else 4e-3
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative error in norm; NaN where anything is."""
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+def packing(lengths: tuple[int, ...], starts: int) -> Packing:
+    """Sequences in the slots of their order."""
+    rows = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cuda")
+    N = len(lengths)
+    slots = torch.arange(N, dtype=torch.int32, device="cuda")
+    return Packing(lengths, rows, slots, torch.full((N,), starts, device="cuda"))
+
+
+def best(
+    name: str,
+    candidates: Iterable[T],
+    check: Callable[[T], float],
+    limit: float,
+    work: Callable[[T], Callable[[], Any]],
+) -> T:
+    """The fastest of the candidates that are right."""
+    times: list[tuple[float, int, T]] = []
+    tried = list(candidates)
+    for i, candidate in enumerate(tried):
+        try:
+            wrong = check(candidate)
+            if not wrong <= limit:
+                print(f"{name}: {candidate} is wrong by {wrong:.1e}")
+                continue
+            times.append((milliseconds(work(candidate), rounds=5), i, candidate))
+        except Exception as failure:  # whatever the compiler says of a candidate, others follow
+            print(f"{name}: {candidate} fails: {type(failure).__name__}")
+            torch.cuda.synchronize()
+    times.sort()
+    for milli, _, candidate in times[:3]:
+        print(f"{name}: {milli:.4f} ms {candidate}")
+    if not times:
+        raise SystemExit(f"{name}: no candidate is right")
+    return times[0][2]
+
+
+class Prefilling:
+    """The inputs of a shape class: ugly lengths to be checked, a long sequence to be timed."""
+
+    def __init__(self, dtype: torch.dtype, dk: int, dv: int) -> None:
+        self.dtype, self.dk, self.dv = dtype, dk, dv
+        self.slopes = torch.tensor(SLOPES, device="cuda")
+        self.ugly = self.inputs(sum(UGLY), len(SLOPES))
+        self.initial = torch.randn(len(UGLY), len(SLOPES), dk, dv, device="cuda")
+        parts = [x.split(UGLY) for x in self.ugly]
+        sure = [
+            lightning_reference(q, k, v, self.slopes, 0.3, S)
+            for q, k, v, S in zip(*parts, self.initial, strict=True)
+        ]
+        self.expected = torch.cat([o for o, _ in sure]), torch.stack([S for _, S in sure])
+        self.long = self.inputs(LONG, 16)
+        self.long_slopes = torch.logspace(-5, -0.1, 16, device="cuda")
+        self.o = torch.empty_like(self.long[2])
+        self.state = torch.randn(1, 16, dk, dv, device="cuda")
+
+    def inputs(self, rows: int, H: int) -> list[torch.Tensor]:
+        widths = self.dk, self.dk, self.dv
+        return [torch.randn(rows, H, d, device="cuda").to(self.dtype) for d in widths]
+
+    def check(self, candidate: PrefillTuning) -> float:
+        """Greatest error of outputs and states; the longest of the sequences is cut."""
+        states = self.initial.clone()
+        o = torch.full_like(self.ugly[2], torch.nan)
+        where = self.slopes, 0.3, states, packing(UGLY, 5), o
+        lightning_prefill._triton(*self.ugly, *where, tuning=candidate)
+        found = zip((o, states), self.expected, strict=True)
+        return max(error(actual, expected) for actual, expected in found)
+
+    def work(self, candidate: PrefillTuning) -> Callable[[], Any]:
+        where = self.long_slopes, 1.0, self.state, packing((LONG,), 1), self.o
+        return lambda: lightning_prefill._triton(*self.long, *where, tuning=candidate)
+
+
+def tune_prefill(classes: list[str]) -> dict[str, Any]:
+    """Both passes of each shape class: first the outputs, then the contributions."""
+    table = {}
+    for (itemsize, dk), chosen in tuning.PREFILL.items():
+        if classes and f"{itemsize}x{dk}" not in classes:
+            continue
+        dtype = torch.float32 if itemsize == 4 else torch.bfloat16
+        trial = Prefilling(dtype, dk, min(dk, 128))
+        name = f"prefill {itemsize}x{dk}"
+        if itemsize == 4:
+            grid = product((16, 32), (16, 32, 64), (4, 8), (1,))
+        else:
+            grid = product((32, 64), (64, 128), (4, 8), (1, 2, 3))
+        tiles = [Tiles(*each) for each in grid if each[1] <= trial.dv]
+        if (itemsize, dk) != (2, 128) or tuning.card(trial.o.device) != (9, 0):
+            options = [
+                replace(chosen, outputs=each, resident=count) for each in tiles for count in (1, 2)
+            ]
+            chosen = best(f"{name} outputs", options, trial.check, bound(dtype), trial.work)
+        options = [replace(chosen, contributions=each) for each in tiles]
+        chosen = best(f"{name} contributions", options, trial.check, bound(dtype), trial.work)
+        table[f"{itemsize}x{dk}"] = asdict(chosen)
+        del trial
+        torch.cuda.empty_cache()
+    return table
+
+
+class Decoding:
+    """B sequences of 16 heads of 128 x 128 in so many layers that no state stays in the cache."""
+
+    def __init__(self, B: int, H: int, dtype: torch.dtype, layers: int) -> None:
+        self.slopes = torch.logspace(-5, -0.1, H, device="cuda")
+        self.states = [torch.randn(B, H, 128, 128, device="cuda").to(dtype) for _ in range(layers)]
+        self.rings = [
+            torch.randn(B, H, R, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)
+        ]
+        self.folded = torch.zeros(B, H, 2, dtype=torch.int64, device="cuda")
+        self.slots = torch.randperm(B, device="cuda").int()
+        self.starts = torch.full((B,), 7, device="cuda")
+        self.inputs = [
+            torch.randn(B, H, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3)
+        ]
+        self.o = torch.empty_like(self.inputs[0])
+
+    def plain(self, layer: int, candidate: DecodeTuning) -> None:
+        where = self.slots, self.starts, self.o
+        state = self.states[layer]
+        lightning_decode._triton(*self.inputs, self.slopes, 1.0, state, *where, tuning=candidate)
+
+    def ring(self, layer: int, candidate: RingTuning) -> None:
+        memory = self.states[layer], *self.rings, self.folded
+        where = self.slots, self.starts, 0, self.o
+        lightning_ring._triton(*self.inputs, self.slopes, 1.0, *memory, *where, tuning=candidate)
+
+    def check(self, step: Callable[[int, Any], None], candidate: Any) -> float:
+        """Greatest error of 2 R + 1 tokens of the last sequence."""
+        self.starts.fill_(7)
+        self.folded.fill_(7)
+        slot = int(self.slots[-1])
+        initial = self.states[0][slot].clone()
+        steps, outputs = [], []
+        for _ in range(2 * R + 1):
+            for x in self.inputs:
+                x.normal_()
+            steps.append([x[-1].clone() for x in self.inputs])
+            self.o.fill_(torch.nan)
+            step(0, candidate)
+            outputs.append(self.o[-1].clone())
+            self.starts += 1
+        q, k, v = (torch.stack([step[j] for step in steps]) for j in range(3))
+        expected, _ = lightning_reference(q, k, v, self.slopes, 1.0, initial)
+        return error(torch.stack(outputs), expected)
+
+
+class BothSizes:
+    """A batch that hardly fills the card, and one that does."""
+
+    def __init__(self, dtype: torch.dtype, ring: bool) -> None:
+        self.sizes = [Decoding(32, 16, dtype, 16), Decoding(256, 16, dtype, 2)]
+        self.steps = [size.ring if ring else size.plain for size in self.sizes]
+
+    def check(self, candidate: Any) -> float:
+        return self.sizes[0].check(self.steps[0], candidate)
+
+    def work(self, candidate: Any) -> Callable[[], None]:
+        def run() -> None:
+            for size, step in zip(self.sizes, self.steps, strict=True):
+                for layer in range(len(size.states)):
+                    step(layer, candidate)
+                size.starts += 1
+
+        return run
+
+
+def tune_decoding(ring: bool, classes: list[str]) -> dict[str, Any]:
+    """By the state's dtype."""
+    options: list[Any]
+    if ring:
+        options = [RingTuning(*each) for each in product((16, 32, 64), (2, 4, 8), (96, 128, 255))]
+    else:
+        options = [DecodeTuning(*each) for each in product((2048, 4096, 8192, 16384), (2, 4, 8))]
+    table = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        if classes and str(dtype.itemsize) not in classes:
+            continue
+        trial = BothSizes(dtype, ring)
+        name = f"{'ring' if ring else 'decode'} {dtype.itemsize}"
+        limit = 4e-3 if dtype == torch.float32 else 8e-3
+        chosen = best(name, options, trial.check, limit, trial.work)
+        table[str(dtype.itemsize)] = asdict(chosen)
+        del trial
+        torch.cuda.empty_cache()
+    return table
+
+
+TUNERS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
+    "prefill": tune_prefill,
+    "decode": partial(tune_decoding, False),
+    "ring": partial(tune_decoding, True),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--only", nargs="+", choices=TUNERS, default=list(TUNERS))
+    parser.add_argument("--classes", nargs="+", default=[], help="of shapes; default: all")
+    parser.add_argument("--dry-run", action="store_true", help="print, do not write")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    table = json.loads(tuning.TABLE.read_text())
+    mine = table.setdefault("sm_{}{}".format(*tuning.card(torch.device("cuda"))), {})
+    with torch.inference_mode():
+        for name in options.only:
+            mine.setdefault(name, {}).update(TUNERS[name](options.classes))
+    text = json.dumps(table, indent=1) + "\n"
+    print(text) if options.dry_run else tuning.TABLE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Steps of one token of each sequence as CUDA graphs: captured at start-up, one a batch size.
+
+A step of n sequences replays the graph of the next size up. Rows of padding have slot -1: they
+write no state and no block, and their ids go nowhere. What a step needs of the host comes in one
+copy; what it draws stays on the device, for the next step reads its ids from there.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kernels.packing import Packing
+from kernels.sampling import draw
+from model.batch import Batch
+from model.chunk import Chunk
+from model.families import Family
+from model.sampling import noise_key, warmth
+from model.sequences import Sequences
+from model.store import Store
+
+IN_FLIGHT = 4  # host buffers: more than steps that are under way at a time
+
+
+def ladder(most: int) -> list[int]:
+    """Batch sizes to capture: every fourth up to 16, then at most a quarter apart."""
+    sizes = [1, 2, 4, 8, 12, 16]
+    while sizes[-1] < most:
+        sizes.append(sizes[-1] + max(8, sizes[-1] // 4 // 8 * 8))
+    return [size for size in sizes if size < most] + [most]
+
+
+class Inputs:
+    """What the host says of a step: one buffer on the device, several on the host."""
+
+    def __init__(self, most: int, device: torch.device) -> None:
+        kinds = [(torch.int64, 3), (torch.int32, 1), (torch.float32, 1)]
+        size = sum(kind.itemsize * count for kind, count in kinds) * most
+        self.device = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._hosts = [
+            torch.zeros(size, dtype=torch.uint8, pin_memory=True) for _ in range(IN_FLIGHT)
+        ]
+        self._views = [self._split(host, most) for host in self._hosts]
+        self.ids, self.positions, self.keys, self.slots, self.temperatures = self._split(
+            self.device, most
+        )
+        self._turn = 0
+
+    @staticmethod
+    def _split(memory: torch.Tensor, most: int) -> list[torch.Tensor]:
+        wide = memory[: 24 * most].view(torch.int64).split(most)
+        return [
+            *wide,
+            memory[24 * most : 28 * most].view(torch.int32),
+            memory[28 * most :].view(torch.float32),
+        ]
+
+    def fill(self, chunks: Sequence[Chunk], size: int) -> None:
+        """Send chunks of one token each, and padding up to `size`."""
+        n = len(chunks)
+        self._turn = (self._turn + 1) % IN_FLIGHT
+        ids, positions, keys, slots, temperatures = (
+            view.numpy() for view in self._views[self._turn]
+        )
+        ids[:n] = [chunk.tokens[0] for chunk in chunks]
+        positions[:n] = [chunk.start for chunk in chunks]
+        slots[:n] = [chunk.slot for chunk in chunks]
+        wanted = [(chunk.sampling, chunk.generated) for chunk in chunks]
+        temperatures[:n] = [0.0 if s is None else warmth(s) for s, _ in wanted]
+        keys[:n] = [0 if s is None else noise_key(s.seed, count) for s, count in wanted]
+        ids[n:size], positions[n:size], slots[n:size], temperatures[n:size] = 0, 0, -1, 0.0
+        self.device.copy_(self._hosts[self._turn], non_blocking=True)
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Captured:
+    """A graph, and what it leaves: drawn ids [size] int64 and logits [size, V]."""
+
+    graph: torch.cuda.CUDAGraph
+    ids: torch.Tensor
+    logits: torch.Tensor
+
+
+class DecodeGraphs:
+    """The ladder of graphs of one model with its store and sequences."""
+
+    def __init__(self, model: Family, store: Store, sequences: Sequences, most: int) -> None:
+        self.sizes = ladder(most)
+        self._model = model
+        self._store = store
+        self._sequences = sequences
+        self._inputs = Inputs(most, store.device)
+        self._captured: dict[int, Captured] = {}
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Run each size once, which compiles, then record it; the largest first, whose memory the
+        others use too."""
+        pool = None
+        for size in reversed(self.sizes):
+            self._inputs.fill((), size)
+            self._step(size)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                ids, logits = self._step(size)
+            pool = pool or graph.pool()
+            self._captured[size] = Captured(graph, ids, logits)
+
+    def serve(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether a step is one of theirs: it has one token of every sequence."""
+        return len(chunks) <= self.sizes[-1] and all(len(chunk.tokens) == 1 for chunk in chunks)
+
+    def replay(self, chunks: Sequence[Chunk]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fold the chunks in; ids [n] as drawn from plain logits, and the logits [n, V], both
+        theirs until the next replay."""
+        size = self.sizes[bisect_left(self.sizes, len(chunks))]
+        self._inputs.fill(chunks, size)
+        captured = self._captured[size]
+        captured.graph.replay()
+        return captured.ids[: len(chunks)], captured.logits[: len(chunks)]
+
+    def _step(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        i, device = self._inputs, self._store.device
+        slots = i.slots[:size]
+        positions = i.positions[:size]
+        rows = torch.arange(size + 1, dtype=torch.int32, device=device)
+        batch = Batch(
+            ids=self._sequences.ids(i.ids[:size], slots),
+            positions=positions,
+            singles=size,
+            packing=Packing((1,) * size, rows, slots, positions),
+            tail=None,
+            tables=self._sequences.tables(slots),
+            sample_rows=torch.arange(size, device=device),
+        )
+        logits = self._model.forward(batch, self._store)
+        ids = draw(logits, i.temperatures[:size], i.keys[:size])
+        self._sequences.drawn(slots, ids)
+        return ids, logits

@@ -1,0 +1,73 @@
+"""What the device knows of the sequence in each slot beside its state: its KV blocks, and the id
+that it drew last, which the next step may need before the host has read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from model.chunk import PENDING, Chunk
+
+
+class Sequences:
+    """One row a slot. A slot of -1 is padding: it has no blocks, and what it draws is forgotten."""
+
+    def __init__(self, slots: int, most_blocks: int, device: torch.device) -> None:
+        self.device = device
+        self._latest = torch.zeros(slots + 1, dtype=torch.int64, device=device)  # the last: padding
+        self._tables = torch.full((slots, most_blocks), -1, dtype=torch.int32, device=device)
+        self._known: list[Sequence[int]] = [() for _ in range(slots)]  # blocks that are in _tables
+
+    def keep(self, chunks: Sequence[Chunk]) -> None:
+        """Take the blocks of chunks that are new since their slots were here last."""
+        places: list[int] = []
+        blocks: list[int] = []
+        width = self._tables.shape[1]
+        for chunk in chunks:
+            if not chunk.blocks:
+                continue
+            known = self._known[chunk.slot]
+            count = len(known) if _goes_on(chunk, known) else 0
+            new = chunk.blocks[count:]
+            if new:
+                first = chunk.slot * width + count
+                places += range(first, first + len(new))
+                blocks += new
+                self._known[chunk.slot] = list(chunk.blocks)
+        if places:
+            both = torch.from_numpy(np.array([places, blocks], dtype=np.int64))
+            if self.device.type == "cuda":
+                both = both.pin_memory()
+            both = both.to(self.device, non_blocking=True)
+            self._tables.view(-1).index_copy_(0, both[0], both[1].int())
+
+    def forget(self, slot: int) -> None:
+        """Another state was put into a slot."""
+        self._known[slot] = ()
+
+    def tables(self, slots: torch.Tensor, width: int | None = None) -> torch.Tensor:
+        """slots [N] int32 -> blocks [N, width] int32. Past a sequence's last block there may be
+        anything; a row of padding is -1."""
+        rows = self._tables[:, :width].index_select(0, slots.clamp(min=0))
+        return rows.masked_fill_((slots < 0)[:, None], -1)
+
+    def ids(self, ids: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """ids [N], those that are PENDING replaced by what their slots [N] drew last."""
+        return torch.where(ids == PENDING, self._latest[self._rows(slots)], ids)
+
+    def drawn(self, slots: torch.Tensor, ids: torch.Tensor) -> None:
+        """Remember what slots [N] drew."""
+        self._latest.index_copy_(0, self._rows(slots), ids.clamp(min=0))
+
+    def _rows(self, slots: torch.Tensor) -> torch.Tensor:
+        return torch.where(slots < 0, len(self._latest) - 1, slots).long()
+
+
+def _goes_on(chunk: Chunk, known: Sequence[int]) -> bool:
+    """Whether a chunk's blocks are the known ones and perhaps more."""
+    count = len(known)
+    if chunk.start == 0 or not 0 < count <= len(chunk.blocks):
+        return False
+    return known[-1] == chunk.blocks[count - 1]

@@ -1,0 +1,170 @@
+"""Steps whose ids the host does not know yet, and steps that are CUDA graphs."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.chunk import PENDING, Chunk, Copy, Place, Sampling
+from model.graphs import ladder
+from model.runner import ModelRunner, load_runner
+from model.sequences import Sequences
+from tests.model.checkpoints import write
+from tests.model.test_runner import DENSE
+
+CUDA = torch.cuda.is_available()
+CPU = torch.device("cpu")
+WARM = Sampling(temperature=0.9, seed=3)
+
+
+def test_the_ladder_ends_where_it_must() -> None:
+    for most in (1, 2, 3, 16, 17, 100, 512):
+        sizes = ladder(most)
+        assert sizes == sorted(set(sizes)) and sizes[-1] == most
+        assert all(b - a <= max(8, a // 2) for a, b in pairwise(sizes))
+
+
+def test_tables_follow_their_slots() -> None:
+    on = Sequences(3, 4, CPU)
+
+    def tables(*slots: int) -> list[list[int]]:
+        return on.tables(torch.tensor(slots, dtype=torch.int32)).tolist()
+
+    def chunk(slot: int, start: int, *blocks: int) -> Chunk:
+        return Chunk(tokens=[1], start=start, slot=slot, blocks=blocks)
+
+    on.keep([chunk(0, 0, 7, 8), chunk(2, 0, 5)])
+    assert tables(2, -1, 0) == [[5, -1, -1, -1], [-1] * 4, [7, 8, -1, -1]]
+    on.keep([chunk(0, 128, 7, 8, 9), chunk(2, 1, 5)])
+    assert tables(0)[0][:3] == [7, 8, 9]
+    on.keep([chunk(0, 0, 3)])  # another sequence
+    on.keep([chunk(2, 90, 6, 4)])  # another one that was restored there
+    assert tables(0)[0][0] == 3 and tables(2)[0][:2] == [6, 4]
+    on.forget(2)
+    on.keep([chunk(2, 90, 6, 1)])
+    assert tables(2)[0][:2] == [6, 1]
+
+
+@pytest.fixture(scope="module", params=["dense", "hybrid"])
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp(request.param)
+    write(directory, **(DENSE if request.param == "dense" else {}))
+    return directory
+
+
+def load(path: Path, ring: int = 0) -> ModelRunner:
+    options = {"dtype": "float32", "state_memory_gb": 0.02, "max_running": 6, "ring": ring}
+    return load_runner(path, **options)  # type: ignore[arg-type]
+
+
+def generate(
+    runner: ModelRunner, prompts: list[list[int]], steps: int, known: bool
+) -> list[list[int]]:
+    """Tokens of sequences that decode together; the host knows the ids of a step or not yet."""
+    blocks = [range(8 * i, 8 * i + 8) if runner.capacity.blocks else () for i in range(6)]
+    slots = [4, 1, 3, 0, 5][: len(prompts)]
+    launched = runner.launch(
+        [
+            Chunk(tokens=prompt, start=0, slot=slot, blocks=blocks[slot], sampling=WARM)
+            for prompt, slot in zip(prompts, slots, strict=True)
+        ]
+    )
+    drawn: list[list[int]] = [[] for _ in prompts]
+    for step in range(steps):
+        ids = [PENDING] * len(prompts)
+        before = launched
+        if known:
+            for tokens, sampled in zip(drawn, runner.collect(before), strict=True):
+                tokens.append(sampled.token if sampled else -1)
+            ids = [tokens[-1] for tokens in drawn]
+        launched = runner.launch(
+            [
+                Chunk(
+                    tokens=[id],
+                    start=len(prompt) + step,
+                    slot=slot,
+                    blocks=blocks[slot],
+                    sampling=WARM,
+                    generated=step + 1,
+                    prompt=False,
+                )
+                for id, prompt, slot in zip(ids, prompts, slots, strict=True)
+            ]
+        )
+        if not known:
+            for tokens, sampled in zip(drawn, runner.collect(before), strict=True):
+                tokens.append(sampled.token if sampled else -1)
+    runner.collect(launched)
+    return drawn
+
+
+PROMPTS = [[5, 9, 2, 77], [31], [8] * 70]
+
+
+def test_a_step_may_need_ids_that_the_host_has_not_read(path: Path) -> None:
+    first, second = (generate(load(path), PROMPTS, 40, known) for known in (True, False))
+    assert first == second and all(0 <= id < 97 for tokens in first for id in tokens)
+
+
+@pytest.mark.skipif(not CUDA, reason="a CUDA graph")
+@pytest.mark.parametrize("ring", [0, 8])
+def test_graphs_draw_what_eager_steps_draw(path: Path, ring: int) -> None:
+    runner = load(path, ring)
+    assert runner.graphs is not None
+    replayed = generate(runner, PROMPTS, 40, known=False)
+    untouched = runner.store.slots.views["state.0"][[0, 2, 5]]
+    assert untouched.isnan().all()
+    runner.graphs = None
+    assert generate(runner, PROMPTS, 40, known=True) == replayed
+    assert runner.store.slots.views["state.0"][[0, 2, 5]].isnan().all()
+
+
+@pytest.mark.skipif(not CUDA, reason="a CUDA graph")
+def test_rows_of_every_kind_in_a_graph(path: Path) -> None:
+    """Log-probabilities, filters and rows that ask for nothing, beside plain ones."""
+    runner = load(path)
+    kinds = [WARM, None, Sampling(top_k=3, seed=1), Sampling(temperature=0.0, logprobs=2)]
+    results = []
+    for graphs in (runner.graphs, None):
+        runner.graphs = graphs
+        blocks = [range(2 * i, 2 * i + 2) if runner.capacity.blocks else () for i in range(4)]
+        runner.step([Chunk(tokens=[9, 4], start=0, slot=i, blocks=blocks[i]) for i in range(4)])
+        results.append(
+            runner.step(
+                [
+                    Chunk(tokens=[7], start=2, slot=i, blocks=blocks[i], sampling=kind)
+                    for i, kind in enumerate(kinds)
+                ]
+            )
+        )
+    graphed, eager = results
+    assert [s and s.token for s in graphed] == [s and s.token for s in eager]
+    assert graphed[1] is None and graphed[3] is not None and len(graphed[3].top) == 2
+
+
+def test_a_state_that_was_saved_goes_on(path: Path) -> None:
+    """Out to the host, another sequence in its place, back elsewhere: blocks are known anew."""
+    runner = load(path)
+    blocks = (3, 1) if runner.capacity.blocks else ()
+    others = (5, 2) if runner.capacity.blocks else ()
+    prompt = [7] * 65
+
+    def following(slot: int, blocks: tuple[int, ...]) -> int:
+        chunk = Chunk(
+            tokens=[3], start=65, slot=slot, blocks=blocks, sampling=Sampling(temperature=0.0)
+        )
+        (sampled,) = runner.step([chunk])
+        assert sampled is not None
+        return sampled.token
+
+    runner.step([Chunk(tokens=prompt, start=0, slot=0, blocks=blocks)])
+    used = blocks[:2]
+    key = Place(key="k", position=65)
+    runner.copy([Copy(Place(slot=0, blocks=used, position=65), key)])
+    expected = following(0, blocks)
+    runner.step([Chunk(tokens=[1] * 65, start=0, slot=0, blocks=blocks)])
+    runner.copy([Copy(key, Place(slot=0, blocks=others, position=65))])
+    assert following(0, others) == expected
