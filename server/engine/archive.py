@@ -93,7 +93,7 @@ def write(path: Path, metadata: Mapping[str, str], tensors: Iterable[Tensor]) ->
     tensors = list(tensors)
     head = header({**metadata, "sha256": checksum(tensors)}, tensors)
     write_whole(path, [head, *(tensor.data for tensor in tensors)])
-    return path.stat().st_size
+    return len(head) + sum(tensor.data.nbytes for tensor in tensors)
 
 
 def checksum(tensors: Iterable[Tensor]) -> str:

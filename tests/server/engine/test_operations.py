@@ -215,10 +215,10 @@ class World:
 @pytest.mark.parametrize(
     ("kind", "count", "fields"),
     [
-        ("memory", 4000, {"slots": 3, "host_bytes": 5_000}),
-        ("memory", 3000, {"slots": 6, "host_bytes": 8_000, "blocks": 400, "block_size": 4}),
-        ("disk", 2000, {"slots": 3, "host_bytes": 6_000, "disk_bytes": 300_000}),
-        ("disk", 1000, {"slots": 2, "host_bytes": 0, "disk_bytes": 200_000}),
+        ("memory", 5000, {"slots": 3, "host_bytes": 5_000}),
+        ("memory", 3400, {"slots": 6, "host_bytes": 8_000, "blocks": 400, "block_size": 4}),
+        ("disk", 1000, {"slots": 3, "host_bytes": 6_000, "disk_bytes": 200_000}),
+        ("disk", 600, {"slots": 2, "host_bytes": 0, "disk_bytes": 200_000}),
     ],
 )
 def test_ten_thousand_operations(
