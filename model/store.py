@@ -110,7 +110,8 @@ class Store:
     def save(self, slot: int, blocks: tuple[int, ...], seen: torch.Tensor | None) -> Saved:
         """Copy a slot and blocks to host memory, bit for bit."""
         host, host_blocks = self.host(len(blocks))
-        self._leave(host, self.slots.memory[slot])
+        row = self.slots.memory[slot]
+        self._leave(host, row if self._leaving is None else row.clone())
         for rows, index in self._pieces(blocks):
             self._leave(host_blocks[rows], self.blocks.memory[index])
         return Saved(
@@ -139,15 +140,15 @@ class Store:
             self.blocks.memory[index] = saved.blocks[rows].to(self.device, non_blocking=True)
 
     def _leave(self, host: torch.Tensor, part: torch.Tensor) -> None:
-        """Copy part of the device's memory to the host, as it is now, without waiting for it."""
+        """Copy to the host without waiting for it: part is itself a copy, so that the slot or the
+        blocks may change meanwhile."""
         if self._leaving is None:
             host.copy_(part)
             return
-        staged = part.clone() if part._is_view() else part
         self._leaving.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._leaving):
-            host.copy_(staged, non_blocking=True)
-        staged.record_stream(self._leaving)
+            host.copy_(part, non_blocking=True)
+        part.record_stream(self._leaving)
 
     def _pieces(self, blocks: tuple[int, ...]) -> Iterator[tuple[slice, torch.Tensor]]:
         """Rows of the host copy, and the blocks they belong to, as many as PIECE_BYTES holds: the

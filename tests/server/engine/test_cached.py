@@ -23,7 +23,9 @@ KINDS = {
 ONE_EXPERT = {"num_hidden_layers": 2, "num_local_experts": 1, "num_experts_per_tok": 1}
 
 
-def load(path: Path, kind: str, *, ring: int = 0, **options: object) -> ModelRunner:
+def load(
+    path: Path, kind: str, *, ring: int = 0, device: str = "cpu", **options: object
+) -> ModelRunner:
     directory = path / kind
     if not directory.is_dir():
         write(directory, **ONE_EXPERT, **KINDS[kind])
@@ -119,7 +121,7 @@ def test_swap_fork_export_and_import_change_no_bit(
     models: Path, kind: str, ring: int, length: int
 ) -> None:
     """Every road out of a slot and back into another leads to the same log-probabilities."""
-    runner, other = load(models, kind, ring=ring), load(models, kind, ring=ring)
+    runner, other = (load(models, kind, ring=ring, device="auto") for _ in range(2))
     hybrid = runner.capacity.block_size > 0
     draw = Sampling(temperature=0.0, logprobs=20)
     size = -(-length // 64)
@@ -155,7 +157,7 @@ def test_an_image_tells_nothing_of_who_was_there_before(models: Path) -> None:
     """A slot that is used again has another's keys in its window: they leave in no image."""
     images = []
     for warm in (False, True):
-        runner = load(models, "window", ring=8)
+        runner = load(models, "window", ring=8, device="auto")
         if warm:
             runner.step([Chunk(tokens=list(range(90)), start=0, slot=0)])
             runner.step([Chunk(tokens=[1], start=90, slot=0)])
