@@ -1,4 +1,5 @@
 # make serve: the bundled model on 127.0.0.1:8000 (PORT=..., ARGS="--flags").  make test: everything that is checked.
+# make test-deploy: the image, Prometheus and the other files of deploy/, for real; as root on Debian or Ubuntu.
 
 PYTHON ?= python3
 HOST ?= 127.0.0.1
@@ -7,7 +8,7 @@ ARGS ?=
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test lint format clean
+.PHONY: serve test test-deploy lint format clean
 
 serve: $(VENV)/.serve
 	exec $(VENV)/bin/steadystate serve --host $(HOST) --port $(PORT) $(ARGS)
@@ -15,11 +16,23 @@ serve: $(VENV)/.serve
 test: lint
 	$(VENV)/bin/python -m pytest
 
+# Without Docker: buildah follows the Dockerfile on a Debian that debootstrap makes, under build/.
+# Debian's packages start prometheus and nginx as services; the tests use other ports and need neither.
+test-deploy: $(VENV)/.deploy
+	@missing=$$(for tool in prometheus promtool debootstrap buildah nginx; do \
+		PATH=$$PATH:/usr/sbin command -v $$tool >/dev/null || echo $$tool; done); \
+	[ -z "$$missing" ] || { apt-get update --quiet && DEBIAN_FRONTEND=noninteractive apt-get install \
+		--yes --quiet --no-install-recommends prometheus debootstrap buildah nginx-light; }
+	$(VENV)/bin/python -m tests.deploy.image
+	TEST_IMAGE=1 $(VENV)/bin/python -m pytest -rs tests/deploy
+
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m benchmarks.table --check
+	$(VENV)/bin/python -m deploy.dashboard --check
+	$(VENV)/bin/python -m deploy.prometheusrule --check
 
 format: $(VENV)/.test
 	$(VENV)/bin/ruff check --fix .
@@ -37,6 +50,10 @@ $(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/.serve
+
+$(VENV)/.deploy: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[dev,deploy]'
+	@touch $@ $(VENV)/.test $(VENV)/.serve
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

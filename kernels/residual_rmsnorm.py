@@ -1,7 +1,7 @@
 """Weighted residual and RMSNorm in one pass: y = RMSNorm(alpha x + beta f) * weight.
 
 With MiniMax's post-norm (arXiv 2501.08313, section 2.2) x is itself a normed value, so the sum is
-not kept.
+not kept. With pre-norm it is the stream: x += f, y = RMSNorm(x) * weight.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -14,7 +14,12 @@ from kernels.rmsnorm import rmsnorm_reference
 
 
 def residual_rmsnorm_reference(
-    x: torch.Tensor, f: torch.Tensor, alpha: float, beta: float, weight: torch.Tensor, eps: float
+    x: torch.Tensor,
+    f: torch.Tensor,
+    alpha: float,
+    beta: float,
+    weight: torch.Tensor | None,
+    eps: float,
 ) -> torch.Tensor:
     """x, f [T, D] -> [T, D] float64."""
     return rmsnorm_reference(alpha * x.double() + beta * f.double(), weight, eps)
@@ -32,6 +37,8 @@ def _residual_rmsnorm_kernel(
     f_stride,
     D,
     eps,
+    KEEP: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
@@ -39,9 +46,12 @@ def _residual_rmsnorm_kernel(
     m_d = o_d < D
     b_x = tl.load(x_ptr + i_row * x_stride + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_f = tl.load(f_ptr + i_row * f_stride + o_d, mask=m_d, other=0.0).to(tl.float32)
-    b_w = tl.load(weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_z = alpha * b_x + beta * b_f  # [BLOCK_D]
-    b_y = b_z / tl.sqrt(tl.sum(b_z * b_z) / D + eps) * b_w
+    if KEEP:
+        tl.store(x_ptr + i_row * x_stride + o_d, b_z.to(x_ptr.dtype.element_ty), mask=m_d)
+    b_y = b_z / tl.sqrt(tl.sum(b_z * b_z) / D + eps)
+    if HAS_WEIGHT:
+        b_y *= tl.load(weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
     tl.store(y_ptr + i_row * D + o_d, b_y.to(y_ptr.dtype.element_ty), mask=m_d)
 
 
@@ -50,8 +60,9 @@ def _triton(
     f: torch.Tensor,
     alpha: float,
     beta: float,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     eps: float,
+    keep: bool,
     y: torch.Tensor,
 ) -> None:
     T, D = x.shape
@@ -67,6 +78,8 @@ def _triton(
         f.stride(0),
         D,
         eps,
+        KEEP=keep,
+        HAS_WEIGHT=weight is not None,
         BLOCK_D=BLOCK_D,
         num_warps=min(max(BLOCK_D // 512, 1), 16),
     )
@@ -77,13 +90,19 @@ def _torch(
     f: torch.Tensor,
     alpha: float,
     beta: float,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     eps: float,
+    keep: bool,
     y: torch.Tensor,
 ) -> None:
     z = torch.add(x.float() * alpha, f.float(), alpha=beta)
+    if keep:
+        x.copy_(z)
     z.mul_(z.square().mean(-1, keepdim=True).add_(eps).rsqrt_())
-    torch.mul(z, weight, out=y) if y.dtype == torch.float32 else y.copy_(z.mul_(weight))
+    if weight is not None and y.dtype == torch.float32:
+        torch.mul(z, weight, out=y)
+    else:
+        y.copy_(z if weight is None else z.mul_(weight))
 
 
 def residual_rmsnorm(
@@ -96,8 +115,27 @@ def residual_rmsnorm(
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """x, f [T, D], rows anywhere, weight [D] -> RMSNorm(alpha x + beta f) * weight [T, D]."""
-    assert x.ndim == 2 and x.shape == f.shape and x.stride(-1) == f.stride(-1) == 1
-    assert weight.shape == x.shape[-1:] and weight.is_contiguous()
-    y = torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device)
-    (_triton if x.is_cuda else _torch)(x, f, alpha, beta, weight, eps, y)
+    y = _allocate(x, f, weight, out_dtype)
+    (_triton if x.is_cuda else _torch)(x, f, alpha, beta, weight, eps, False, y)
     return y
+
+
+def add_rmsnorm_(
+    x: torch.Tensor,
+    f: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """x, f [T, D], rows anywhere, weight [D] or None: x += f -> RMSNorm(x) * weight [T, D]."""
+    y = _allocate(x, f, weight, out_dtype)
+    (_triton if x.is_cuda else _torch)(x, f, 1.0, 1.0, weight, eps, True, y)
+    return y
+
+
+def _allocate(
+    x: torch.Tensor, f: torch.Tensor, weight: torch.Tensor | None, dtype: torch.dtype | None
+) -> torch.Tensor:
+    assert x.ndim == 2 and x.shape == f.shape and x.stride(-1) == f.stride(-1) == 1
+    assert weight is None or (weight.shape == x.shape[-1:] and weight.is_contiguous())
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)

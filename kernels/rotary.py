@@ -2,7 +2,8 @@
 
     y1 = x1 cos - x2 sin        y2 = x2 cos + x1 sin
 
-where x1 and x2 are the halves of a head's first r dimensions; the others pass through.
+where x1 and x2 are the halves of a head's first r dimensions; the others pass through. Models with
+qk-norm put z = RMSNorm(x) * weight, over each head, in the place of x.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -11,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from kernels.language import jit, next_power_of_2, tl
+from kernels.rmsnorm import rmsnorm_reference
 
 
 def rotary_angles(
@@ -25,10 +27,17 @@ def rotary_angles(
     return angles.cos().float(), angles.sin().float()
 
 
-def rotary_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [T, H, d], cos, sin [T, r / 2] -> [T, H, d] float64."""
+def rotary_reference(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> torch.Tensor:
+    """x [T, H, d], cos, sin [T, r / 2], weight [d] -> [T, H, d] float64."""
     half = cos.shape[-1]
-    x, cos, sin = x.double(), cos.double()[:, None], sin.double()[:, None]
+    x = x.double() if weight is None else rmsnorm_reference(x, weight, eps)
+    cos, sin = cos.double()[:, None], sin.double()[:, None]
     x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1)
 
@@ -38,12 +47,15 @@ def _rotary_kernel(
     x_ptr,
     cos_ptr,
     sin_ptr,
+    weight_ptr,
     y_ptr,
     x_row_stride,
     x_head_stride,
     H,
     D,
     HALF,
+    eps,
+    NORM: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -62,12 +74,24 @@ def _rotary_kernel(
     m_h = o_h[:, None] < H
     b_x = tl.load(p_x + o_d, mask=m_h & m_d, other=0.0).to(tl.float32)  # [BLOCK_H, BLOCK_D]
     b_other = tl.load(p_x + o_other, mask=m_h & m_rotated, other=0.0).to(tl.float32)
+    if NORM:
+        b_scale = 1.0 / tl.sqrt(tl.sum(b_x * b_x, axis=1) / D + eps)[:, None]
+        b_x *= b_scale * tl.load(weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_w = tl.load(weight_ptr + o_other, mask=m_rotated, other=0.0).to(tl.float32)
+        b_other *= b_scale * b_w
     b_y = b_x * b_cos + b_other * b_sin
     p_y = y_ptr + (i_t * H + o_h[:, None]) * D + o_d
     tl.store(p_y, b_y.to(y_ptr.dtype.element_ty), mask=m_h & m_d)
 
 
-def _triton(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, y: torch.Tensor) -> None:
+def _triton(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    y: torch.Tensor,
+) -> None:
     T, H, D = x.shape
     BLOCK_D = next_power_of_2(D)
     BLOCK_H = min(next_power_of_2(H), max(4096 // BLOCK_D, 1))
@@ -75,20 +99,33 @@ def _triton(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, y: torch.Tens
         x,
         cos,
         sin,
+        weight,
         y,
         x.stride(0),
         x.stride(1),
         H,
         D,
         cos.shape[1],
+        eps,
+        NORM=weight is not None,
         BLOCK_H=BLOCK_H,
         BLOCK_D=BLOCK_D,
     )
 
 
-def _torch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, y: torch.Tensor) -> None:
+def _torch(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    y: torch.Tensor,
+) -> None:
     half = cos.shape[1]
     cos, sin = cos[:, None], sin[:, None]
+    if weight is not None:
+        x = x.float()
+        x = x * x.square().mean(-1, keepdim=True).add_(eps).rsqrt_() * weight
     x1, x2 = x[..., :half].float(), x[..., half : 2 * half].float()
     y[..., :half] = (x1 * cos).addcmul_(x2, sin, value=-1)
     y[..., half : 2 * half] = (x2 * cos).addcmul_(x1, sin)
@@ -96,12 +133,30 @@ def _torch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, y: torch.Tenso
         y[..., 2 * half :] = x[..., 2 * half :]
 
 
-def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [T, H, d], rows and heads anywhere, cos, sin [T, r / 2] float32 -> [T, H, d]."""
+def _launch(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
     T, _, d = x.shape
     assert x.stride(-1) == 1
     assert cos.shape == sin.shape and len(cos) == T and 2 * cos.shape[1] <= d
     assert cos.dtype == sin.dtype == torch.float32 and cos.is_contiguous() and sin.is_contiguous()
+    assert weight is None or (weight.shape == (d,) and weight.is_contiguous())
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    (_triton if x.is_cuda else _torch)(x, cos, sin, y)
+    (_triton if x.is_cuda else _torch)(x, cos, sin, weight, eps, y)
     return y
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [T, H, d], rows and heads anywhere, cos, sin [T, r / 2] float32 -> [T, H, d]."""
+    return _launch(x, cos, sin, None, 0.0)
+
+
+def norm_rotary(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """rotary of RMSNorm(x) * weight over each head, in one pass; weight [d]."""
+    return _launch(x, cos, sin, weight, eps)

@@ -194,3 +194,7 @@ class Runner(Protocol):
     def device_memory(self) -> int:
         """Bytes of device memory (process memory on the CPU) held now."""
         ...
+
+    def device_room(self) -> tuple[int, int]:
+        """Bytes that the device (the host on the CPU) has free for anyone now, and in all."""
+        ...

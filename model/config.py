@@ -29,6 +29,10 @@ class Fields:
             raise ConfigError(f"{path} holds a {type(values).__name__}, an object is due")
         return cls(values, str(path))
 
+    def but(self, **values: Any) -> Fields:
+        """The same with other values in some fields."""
+        return Fields(self.values | values, f"{self.source} and settings")
+
     def fail(self, name: str, due: str) -> ConfigError:
         """The complaint that field `name` is not what is due."""
         return ConfigError(f"{self.source}: {name} is {self.values.get(name)!r}, {due} is due")
@@ -38,6 +42,18 @@ class Fields:
         value = self.values.get(name, default)
         if type(value) is not int or value < least:
             raise self.fail(name, f"an integer >= {least}")
+        return value
+
+    def optional_integer(self, name: str, *, least: int = 1) -> int | None:
+        """An integer of at least `least`, or None where the field is null or not there."""
+        return None if self.values.get(name) is None else self.integer(name, least=least)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false; null is the default."""
+        value = self.values.get(name)
+        value = default if value is None else value
+        if type(value) is not bool:
+            raise self.fail(name, "true or false")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -51,6 +67,11 @@ class Fields:
         """The field, where it is there, must have one of the values that are implemented."""
         if name in self.values and self.values[name] not in allowed:
             raise self.fail(name, " or ".join(map(repr, allowed)))
+
+    def without(self, name: str, why: str) -> None:
+        """The field must not be there."""
+        if name in self.values:
+            raise ConfigError(f"{self.source}: {name} is {self.values[name]!r}, but {why}")
 
     @property
     def architecture(self) -> str:

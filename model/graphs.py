@@ -17,7 +17,7 @@ from kernels.packing import Packing
 from kernels.sampling import draw
 from model.batch import Batch
 from model.chunk import Chunk
-from model.families import Family
+from model.families import Family, logits_of
 from model.sampling import noise_key, warmth
 from model.sequences import Sequences
 from model.store import Store
@@ -134,10 +134,10 @@ class DecodeGraphs:
             singles=size,
             packing=Packing((1,) * size, rows, slots, positions),
             tail=None,
-            tables=self._sequences.tables(slots),
+            tables=self._sequences.tables,
             sample_rows=torch.arange(size, device=device),
         )
-        logits = self._model.forward(batch, self._store)
+        logits = logits_of(self._model, batch, self._store)
         ids = draw(logits, i.temperatures[:size], i.keys[:size])
         self._sequences.drawn(slots, ids)
         return ids, logits

@@ -14,7 +14,7 @@ import torch
 from model.batch import Batch
 from model.chunk import Capacity, Chunk, Copy, OutOfDeviceMemory, Sampled, Sampling
 from model.config import ConfigError, Fields
-from model.families import Family, build
+from model.families import Family, build, logits_of
 from model.graphs import DecodeGraphs
 from model.image import fill, layout
 from model.image import read as read_image
@@ -117,7 +117,7 @@ class ModelRunner:
     def _run(self, chunks: list[Chunk]) -> torch.Tensor | None:
         """Any step."""
         batch = Batch.pack(chunks, self.sequences)
-        logits = self.model.forward(batch, self.store)
+        logits = logits_of(self.model, batch, self.store)
         asking = [chunk for chunk in chunks if chunk.sampling is not None]
         if not asking:
             return None
@@ -183,6 +183,17 @@ class ModelRunner:
         pages = int(Path("/proc/self/statm").read_text().split()[1]) if _PROC.exists() else 0
         return pages * resource.getpagesize()
 
+    def device_room(self) -> tuple[int, int]:
+        """Bytes free and in all, whoever holds the rest; on the CPU, of the host's memory."""
+        if self.store.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.store.device)
+            return free, total
+        if not _MEMORY.exists():
+            return 0, 0
+        lines = (line.split() for line in _MEMORY.read_text().splitlines())
+        sizes = {words[0]: int(words[1]) * 1024 for words in lines}  # in kB
+        return sizes["MemAvailable:"], sizes["MemTotal:"]
+
     def warm_up(self, tokens: int) -> None:
         """Run every kind of step once, so that no kernel compiles under a request.
 
@@ -200,9 +211,13 @@ class ModelRunner:
             one = Chunk(tokens=[0], start=2, slot=0, blocks=blocks[:1], sampling=draw)
             two = Chunk(tokens=[0, 0], start=0, slot=1, blocks=blocks[1:2] or blocks, sampling=draw)
             self.step([one, two])
+        if blocks and tokens >= 3:
+            # a short chunk behind many tokens: attention in pieces, which are joined
+            self.step([Chunk(tokens=[0, 0], start=tokens - 2, slot=0, blocks=blocks)])
 
 
 _PROC = Path("/proc/self/statm")
+_MEMORY = Path("/proc/meminfo")
 
 
 def load_runner(
@@ -218,13 +233,15 @@ def load_runner(
     max_step_tokens: int | None = None,
     state_dtype: str = "float32",
     ring: int | None = None,
+    decay_layer_factor: str = "auto",
     seed: int | None = None,
 ) -> ModelRunner:
     """Load the checkpoint in `path` and make it ready to serve.
 
     With a seed its weights are not read but drawn: config.json is all that has to be there.
     state_dtype and ring are of the lightning layers' memory: see model.lightning.Memory. Without a
-    word on the ring, decoding keeps RING tokens on CUDA and none elsewhere.
+    word on the ring, decoding keeps RING tokens on CUDA and none elsewhere. decay_layer_factor
+    stands in for the field of that name in config.json: see docs/decay.md.
     Raises ConfigError or WeightsError naming what is wrong with the checkpoint or the bounds.
     """
     seconds: dict[str, float] = {}
@@ -239,11 +256,13 @@ def load_runner(
 
     with _phase(seconds, "load"):
         fields = Fields.read(path)
+        if decay_layer_factor != "auto":
+            fields = fields.but(decay_layer_factor=decay_layer_factor)
         parameters = Parameters(where, kind)
         model = build(fields, parameters)
         if seed is None:
             parameters.fill(path, ignore=model.ignored)
-            name = fingerprint(path)
+            name = fingerprint(path, decay_layer_factor)
         else:
             parameters.randomize(seed)
             name = f"random-{seed}"

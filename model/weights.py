@@ -44,15 +44,16 @@ class Parameters:
         self.tensors: list[torch.Tensor] = []
         self.linear: list[torch.Tensor] = []
 
-    def empty(self, *shape: int) -> torch.Tensor:
-        """A parameter whose parts the caller enters in `places`."""
-        parameter = torch.empty(shape, device=self.device, dtype=self.dtype)
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A parameter, of the model's dtype or another, whose parts the caller enters in
+        `places`."""
+        parameter = torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
         self.tensors.append(parameter)
         return parameter
 
-    def tensor(self, name: str, *shape: int) -> torch.Tensor:
+    def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A parameter that one checkpoint tensor fills."""
-        parameter = self.empty(*shape)
+        parameter = self.empty(*shape, dtype=dtype)
         self.places[name] = parameter
         return parameter
 
@@ -164,19 +165,23 @@ def weight_files(directory: Path) -> list[Path]:
     else:
         files = sorted(directory.glob("*.safetensors"))
     if not files:
-        raise WeightsError(f"{directory}: no *.safetensors file")
+        pickles = any(directory.glob("pytorch_model*.bin"))
+        hint = "; `steadystate convert` makes them of the pickles there" if pickles else ""
+        raise WeightsError(f"{directory}: no *.safetensors file{hint}")
     for path in files:
         if not path.is_file():
             raise WeightsError(f"{directory}: {path.name} is named in the index and is not there")
     return files
 
 
-def fingerprint(directory: Path) -> str:
-    """SHA-256 over config.json and each weight file's size, header and evenly spaced samples.
+def fingerprint(directory: Path, *settings: str) -> str:
+    """SHA-256 over config.json, settings that change what it says, and each weight file's size,
+    header and evenly spaced samples.
 
     Names a checkpoint, so that states are never restored into another model.
     """
     digest = hashlib.sha256((directory / "config.json").read_bytes())
+    digest.update("\0".join(settings).encode())
     for path in weight_files(directory):
         digest.update(path.name.encode())
         for block in _samples(path):

@@ -74,7 +74,8 @@ class Repository:
             raise self._error("there is no config.json in it")
         self._fetch(path.name, *_shards(path / index, kind))  # of the same commit
         if not list(path.glob(f"*.{kind}")):
-            raise self._error(f"there are no *.{kind} files at its top")
+            hint = "" if pickles else "; `steadystate convert` makes them of pickles"
+            raise self._error(f"there are no *.{kind} files at its top{hint}")
         return path
 
     def config(self) -> Path:

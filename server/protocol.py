@@ -171,6 +171,8 @@ class Stats(msgspec.Struct, kw_only=True):
     step_tokens: int = 0
     preemptions: int = 0  # since the engine started
     device_memory: int = 0
+    device_free: int = 0
+    device_total: int = 0
     cache: CacheStats | None = None
 
 

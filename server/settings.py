@@ -46,7 +46,11 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     api_key: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="accepted API keys, comma separated; none: open to all",
+        description="accepted API keys, comma separated; none here nor in a file: open to all",
+    )
+    api_key_file: Path | None = Field(
+        None,
+        description="file of more accepted API keys, one a line; read once, at the start",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info",
@@ -69,6 +73,11 @@ class Settings(BaseSettings):
         le=64,
         description="tokens that decoding keeps beside a state before it folds them; default: 16 on"
         " CUDA, 0 on the CPU, where each is folded at once",
+    )
+    decay_layer_factor: Literal["auto", "sglang", "hf", "mlx"] = Field(
+        "auto",
+        description="of Ring-linear's decay, where published code disagrees: docs/decay.md; "
+        "auto: what config.json says, else sglang",
     )
     threads: int | None = Field(
         None,
@@ -161,6 +170,23 @@ class Settings(BaseSettings):
             raise ValueError(f"revision is for models on the hub, and {self.model!r} is none")
         return self
 
+    @field_validator("api_key_file")
+    @classmethod
+    def _check_key_file(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            keys_of(value)
+        return value
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Every accepted API key; none: the server is open to all."""
+        return self.api_key + (keys_of(self.api_key_file) if self.api_key_file else ())
+
+    @property
+    def keyless(self) -> Settings:
+        """The same without any API key, for other processes."""
+        return self.model_copy(update={"api_key": (), "api_key_file": None})
+
     @property
     def host_cache_bytes(self) -> int:
         """Bytes of host memory for checkpoints."""
@@ -195,3 +221,20 @@ class Settings(BaseSettings):
     def model_id(self) -> str:
         """The name under which the model is served."""
         return self.served_model_name or self.hub_id or self.model_path.resolve().name
+
+
+def keys_of(file: Path) -> tuple[str, ...]:
+    """The keys in a file, one a line. Raises ValueError, which quotes none of them."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError("is no text in UTF-8") from error
+    for number, line in enumerate(lines, 1):
+        if len(line.split()) > 1:
+            raise ValueError(f"line {number}: a key has no spaces in it")
+    keys = tuple(line for line in lines if line)
+    if not keys:
+        raise ValueError("no key in it; leave it out for a server that is open to all")
+    return keys

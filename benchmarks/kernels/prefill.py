@@ -47,11 +47,11 @@ class Prefill:
 EACH = (0, MIDDLE, LAYERS - 1)
 SHAPES = [
     Prefill(1, 8192, 16, 2.7, EACH),
+    *(Prefill(1, T, 16) for T in (128, 512, 1024, 2048, 32_768)),
     Prefill(1, 131_072, 16, 1.9, EACH),
-    Prefill(1, 131_072, 64, 1.9, EACH),
     Prefill(1, 1_048_576, 16, 1.9, EACH),
     Prefill(64, 2048, 16, 1.9, EACH),
-    *(Prefill(1, T, 16) for T in (128, 512, 1024, 2048, 32_768)),
+    Prefill(1, 131_072, 64, 1.9, EACH),
     *(Prefill(1, T, H) for H in (8, 64) for T in (128, 8192)),
     Prefill(16, 512, 64),
     Prefill(1, 4_194_304, 8),
@@ -74,7 +74,7 @@ def check(
     """Greatest error of the last sequence's state and some of its rows, against float64 sums."""
     H = o.shape[1]
     rows = torch.tensor(sorted({0, T // 3, T // 2 + 7, T - 2, T - 1}), device=o.device)
-    worst = 0.0
+    errors = []
     for h in {0, H // 2, H - 1}:
         q, k, v = (x[-T:, h].double() for x in inputs)
         s, S = slopes[h].double(), initial[-1, h].double()
@@ -85,8 +85,8 @@ def check(
         expected += torch.exp(-s * (rows[:, None] + 1)) * (q[rows] @ S)
         state = (k * torch.exp(-s * (T - 1 - t))[:, None]).T @ v + torch.exp(-s * T) * S
         for actual, sure in ((o[-T:, h][rows], expected), (states[-1, h], state)):
-            worst = max(worst, float((actual.double() - sure).norm() / sure.norm()))
-    return worst
+            errors.append(float((actual.double() - sure).norm() / sure.norm()))
+    return float(torch.tensor(errors).max())  # NaN if one is
 
 
 def flas(inputs: list[torch.Tensor], slopes: torch.Tensor, N: int, T: int) -> dict[str, Any]:
@@ -128,7 +128,9 @@ def peers(
         return taken
     for name, work in works.items():
         try:
-            taken[name] = milliseconds(work, rounds=5, graphed=shape.T < 100_000)
+            # with several sequences it asks the device, which no graph can hold
+            graphed = shape.N == 1 and shape.T < 100_000
+            taken[name] = milliseconds(work, rounds=5, graphed=graphed)
         except torch.OutOfMemoryError:
             print(f"{shape.name}: {name} runs out of memory")
         torch.cuda.empty_cache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Protocol
@@ -10,7 +11,9 @@ import torch
 
 from model.batch import Batch
 from model.config import ConfigError, Fields
+from model.families.bailing import Bailing
 from model.families.minimax import MiniMax
+from model.families.transnormer import TransNormer
 from model.lightning import Memory
 from model.store import Field, Store
 from model.weights import Parameters
@@ -23,7 +26,14 @@ class Family(Protocol):
     def ignored(self) -> re.Pattern[str]: ...
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        ...
+
+    @property
+    def drawable(self) -> int:
+        """Ids from here on are padding of the vocabulary: never sampled, of probability zero."""
+        ...
 
     @property
     def max_positions(self) -> int | None: ...
@@ -37,6 +47,10 @@ class Family(Protocol):
 
 FAMILIES: dict[str, Callable[[Fields, Parameters], Family]] = {
     "MiniMaxForCausalLM": MiniMax,
+    "MiniMaxText01ForCausalLM": MiniMax,
+    "MiniMaxM1ForCausalLM": MiniMax,
+    "TransnormerForCausalLM": TransNormer,
+    "BailingMoeLinearV2ForCausalLM": Bailing,
 }
 
 
@@ -49,3 +63,11 @@ def build(fields: Fields, parameters: Parameters) -> Family:
             f"served are {', '.join(FAMILIES)}"
         )
     return family(fields, parameters)
+
+
+def logits_of(model: Family, batch: Batch, store: Store) -> torch.Tensor:
+    """The model's forward, with -inf for ids that no token stands behind: drawing and
+    log-probabilities alike know of tokens alone."""
+    logits = model.forward(batch, store)
+    logits[:, model.drawable :] = -math.inf
+    return logits

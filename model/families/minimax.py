@@ -1,4 +1,4 @@
-"""MiniMax-Text-01 (arXiv 2501.08313) in the layout of transformers' MiniMaxForCausalLM.
+"""MiniMax-Text-01 (arXiv 2501.08313) and MiniMax-M1, in the authors' layout and in transformers'.
 
 Post-norm residual: h = norm(x); x' = alpha h + beta mixer(h); the stream is the normed one.
 """
@@ -6,38 +6,96 @@ Post-norm residual: h = norm(x); x' = alpha h + beta mixer(h); the stream is the
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from kernels.experts import moe
 from kernels.gated import silu_
-from kernels.paged_attention import paged_attention
 from kernels.residual_rmsnorm import residual_rmsnorm
 from kernels.rmsnorm import rmsnorm
 from kernels.rmsnorm_gate import rmsnorm_gate
 from kernels.rotary import rotary, rotary_angles
-from kernels.window_attention import window_attention
+from model.attention import Softmax, page_fields, window_fields
 from model.batch import Batch
 from model.config import Fields
-from model.layers import alibi_slopes, head_logits, rotary_frequencies
+from model.experts import Experts, softmax_route
+from model.layers import (
+    Step,
+    alibi_slopes,
+    geometric_slopes,
+    head_logits,
+    layer_factor,
+    rotary_frequencies,
+)
 from model.lightning import Lightning, Memory, memory_fields
 from model.store import Field, Store
 from model.weights import Parameters
 
 OUTPUT_NORM_EPS = 1e-6  # of the lightning layers' output norm, whatever rms_norm_eps says
+ROWS, TOKENS = 200_064, 200_032  # of the released embeddings, and how many the tokenizer knows
+
+
+@dataclass(slots=True, frozen=True)
+class Layout:
+    """In which fields a config.json says what, and which decay goes with it; tensors are named
+    alike. `residual` is a pattern for "lightning", "softmax" and "mlp", then "alpha" or "beta"."""
+
+    kinds: str
+    lightning: object
+    softmax: object
+    residual: dict[str, str]
+    slopes: Callable[[int], torch.Tensor]
+    factor: Callable[[int, int], float]
+    router: torch.dtype | None  # None: that of the model
+
+
+ORIGINAL = Layout(
+    kinds="attn_type_list",
+    lightning=0,
+    softmax=1,
+    residual={
+        "lightning": "layernorm_linear_attention_{}",
+        "softmax": "layernorm_full_attention_{}",
+        "mlp": "layernorm_mlp_{}",
+    },
+    slopes=alibi_slopes,
+    factor=layer_factor,
+    router=torch.float32,  # as the releases store it, among bfloat16
+)
+TRANSFORMERS = Layout(
+    kinds="layer_types",
+    lightning="linear_attention",
+    softmax="full_attention",
+    residual={
+        "lightning": "linear_attn_{}_factor",
+        "softmax": "full_attn_{}_factor",
+        "mlp": "mlp_{}_factor",
+    },
+    slopes=geometric_slopes,
+    # in the last layer, the one that forgets slowest, 1.33 times the authors' at 4 layers
+    factor=lambda index, count: 1 - index / (count - 1 + 1e-5) + 1e-5,
+    router=None,
+)
+LAYOUTS = {
+    "MiniMaxText01ForCausalLM": ORIGINAL,
+    "MiniMaxM1ForCausalLM": ORIGINAL,
+    "MiniMaxForCausalLM": TRANSFORMERS,
+}
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class MiniMaxConfig:
-    """config.json of MiniMaxForCausalLM; layers[i] is "lightning", "softmax" or "window"."""
+    """config.json in either layout; layers[i] is "lightning", "softmax" or "window"."""
 
+    layout: Layout
     hidden: int
     heads: int
     kv_heads: int
     head_dim: int
+    rotary_dim: int
     intermediate: int
     vocab_size: int
     experts: int
@@ -48,67 +106,81 @@ class MiniMaxConfig:
     rope_theta: float
     max_positions: int
     tied: bool
-    alpha_beta: dict[str, tuple[float, float]]  # by "linear_attn", "full_attn", "mlp"
+    alpha_beta: dict[str, tuple[float, float]]  # by "lightning", "softmax", "window", "mlp"
 
     @classmethod
     def parse(cls, fields: Fields) -> MiniMaxConfig:
         """Check and take the fields. Raises ConfigError that names the first bad one."""
+        layout = LAYOUTS[fields.architecture]
         fields.only("hidden_act", "silu")
         fields.only("attention_dropout", 0, 0.0, None)
         fields.only("quantization_config", None)
+        fields.without("decay_layer_factor", "only one is published for this architecture")
+        fields.only("postnorm", True)
+        fields.only("shared_intermediate_size", 0, None)
+        fields.only("rope_scaling", None)
+        if layout is ORIGINAL:
+            fields.only("sliding_window", None)
         hidden = fields.integer("hidden_size")
         heads = fields.integer("num_attention_heads")
-        count = fields.integer("num_hidden_layers")
         kv_heads = fields.integer("num_key_value_heads")
         if heads % kv_heads:
             raise fields.fail("num_key_value_heads", f"a divisor of {heads}")
-        window = (
-            fields.integer("sliding_window", least=2)
-            if fields.values.get("sliding_window") is not None
-            else 0
-        )
-        types = fields.values.get("layer_types")
-        names = {
-            "linear_attention": "lightning",
-            "full_attention": "window" if window else "softmax",
-        }
-        if (
-            not isinstance(types, list)
-            or len(types) != count
-            or not all(isinstance(t, str) and t in names for t in types)
-        ):
-            raise fields.fail("layer_types", f"a list of {count} of {', '.join(map(repr, names))}")
+        head_dim = fields.optional_integer("head_dim") or hidden // heads
         rope: Any = fields.values.get("rope_parameters") or {}
         if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
             raise fields.fail("rope_parameters", "rope_type 'default'")
-        theta = rope.get("rope_theta", fields.values.get("rope_theta", 1e6))
+        rope = Fields({"rope_theta": fields.values.get("rope_theta", 1e6)} | rope, fields.source)
+        rotary_dim = fields.optional_integer("rotary_dim")
+        if rotary_dim is None:  # transformers turns the whole head
+            rotary_dim = int(head_dim * rope.number("partial_rotary_factor", 1.0))
+        if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+            raise fields.fail("rotary_dim", f"an even number up to {head_dim}")
         experts = fields.integer("num_local_experts", 8)
         top = fields.integer("num_experts_per_tok", 2)
         if top > experts:
             raise fields.fail("num_experts_per_tok", f"at most {experts}")
+        window = fields.optional_integer("sliding_window", least=2) or 0
+        alpha_beta = {
+            kind: (
+                fields.number(name.format("alpha"), 1.0),
+                fields.number(name.format("beta"), 1.0),
+            )
+            for kind, name in layout.residual.items()
+        }
         return cls(
+            layout=layout,
             hidden=hidden,
             heads=heads,
             kv_heads=kv_heads,
-            head_dim=fields.integer("head_dim", hidden // heads),
+            head_dim=head_dim,
+            rotary_dim=rotary_dim,
             intermediate=fields.integer("intermediate_size"),
             vocab_size=fields.integer("vocab_size"),
             experts=experts,
             experts_per_token=top,
             eps=fields.number("rms_norm_eps", 1e-5),
-            layers=tuple(names[t] for t in types),
+            layers=_layers(fields, layout, "window" if window else "softmax"),
             window=window,
-            rope_theta=Fields({"rope_theta": theta}, fields.source).number("rope_theta"),
+            rope_theta=rope.number("rope_theta"),
             max_positions=fields.integer("max_position_embeddings", 1 << 40),
-            tied=bool(fields.values.get("tie_word_embeddings", False)),
-            alpha_beta={
-                kind: (
-                    fields.number(f"{kind}_alpha_factor", 1.0),
-                    fields.number(f"{kind}_beta_factor", 1.0),
-                )
-                for kind in ("linear_attn", "full_attn", "mlp")
-            },
+            tied=fields.flag("tie_word_embeddings", False),
+            alpha_beta=alpha_beta | {"window": alpha_beta["softmax"]},
         )
+
+
+def _layers(fields: Fields, layout: Layout, softmax: str) -> tuple[str, ...]:
+    """Which layer is of which kind."""
+    count = fields.integer("num_hidden_layers")
+    kinds = {layout.lightning: "lightning", layout.softmax: softmax}
+    given = fields.values.get(layout.kinds)
+    if (
+        not isinstance(given, list)
+        or len(given) != count
+        or not all(type(k) is type(layout.softmax) and k in kinds for k in given)
+    ):
+        raise fields.fail(layout.kinds, f"a list of {count} of {', '.join(map(repr, kinds))}")
+    return tuple(kinds[kind] for kind in given)
 
 
 class LightningMixer:
@@ -124,9 +196,8 @@ class LightningMixer:
         )
         self.norm = parameters.tensor(f"{prefix}.norm.weight", width)
         self.out = parameters.matrix(f"{prefix}.out_proj.weight", config.hidden, width)
-        # transformers' own layer factor: in the last layer it differs from the paper's
-        factor = 1 - index / (len(config.layers) - 1 + 1e-5) + 1e-5
-        slopes = alibi_slopes(self.heads) * factor
+        layout = config.layout
+        slopes = layout.slopes(self.heads) * layout.factor(index, len(config.layers))
         slopes = slopes.to(device=parameters.device, dtype=torch.float32)
         self.lightning = Lightning(index, slopes, scale=1.0)
 
@@ -145,8 +216,6 @@ class SoftmaxMixer:
 
     def __init__(self, config: MiniMaxConfig, index: int, parameters: Parameters) -> None:
         prefix = f"model.layers.{index}.self_attn"
-        self.index = index
-        self.window = config.window if config.layers[index] == "window" else None
         self.heads, self.kv_heads, self.dim = config.heads, config.kv_heads, config.head_dim
         rows, kv_rows = self.heads * self.dim, self.kv_heads * self.dim
         self.qkv = parameters.rows(
@@ -158,56 +227,39 @@ class SoftmaxMixer:
             config.hidden,
         )
         self.out = parameters.matrix(f"{prefix}.o_proj.weight", config.hidden, rows)
+        window = config.window if config.layers[index] == "window" else None
+        self.softmax = Softmax(index, self.dim**-0.5, window)
 
     def __call__(self, h: torch.Tensor, step: Step) -> torch.Tensor:
         qkv = F.linear(h, self.qkv).unflatten(1, (-1, self.dim))
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = rotary(q, step.cos, step.sin), rotary(k, step.cos, step.sin)
-        scale = self.dim**-0.5
-        batch = step.batch
-        if self.window is not None:
-            views = step.store.slots.views
-            rings = views[f"keys.{self.index}"], views[f"values.{self.index}"]
-            o = window_attention(q, k, v, *rings, batch.packing, self.window, scale)
-        else:
-            views = step.store.blocks.views
-            pages = views[f"keys.{self.index}"], views[f"values.{self.index}"]
-            o = paged_attention(q, k, v, *pages, batch.tables, batch.packing, scale)
+        o = self.softmax(q, k, v, step.batch, step.store)
         return F.linear(o.flatten(1), self.out)
 
 
-class Experts:
+class Routed:
     """Top-k of E gated experts, weights renormalised to 1; one expert needs no router."""
 
     def __init__(self, config: MiniMaxConfig, index: int, parameters: Parameters) -> None:
         prefix = f"model.layers.{index}.block_sparse_moe"
-        count, width, hidden = config.experts, config.intermediate, config.hidden
         self.top = config.experts_per_token
-        self.router = parameters.tensor(f"{prefix}.gate.weight", count, hidden)
-        self.gate_up = parameters.matrices(count, 2 * width, hidden)
-        self.down = parameters.matrices(count, hidden, width)
-        for e in range(count):
-            name = f"{prefix}.experts.{e}"
-            parameters.places[f"{name}.w1.weight"] = self.gate_up[e, :width]
-            parameters.places[f"{name}.w3.weight"] = self.gate_up[e, width:]
-            parameters.places[f"{name}.w2.weight"] = self.down[e]
+        shape = config.experts, config.hidden
+        self.router = parameters.tensor(f"{prefix}.gate.weight", *shape, dtype=config.layout.router)
+        self.experts = Experts(
+            parameters,
+            f"{prefix}.experts",
+            ("w1", "w3", "w2"),
+            count=config.experts,
+            hidden=config.hidden,
+            width=config.intermediate,
+        )
 
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
         if len(self.router) == 1:
-            return moe(h, self.gate_up, self.down, None, None)
-        scores = F.linear(h, self.router).softmax(-1, dtype=torch.float32)
-        weights, ids = scores.topk(self.top, dim=-1)
-        return moe(h, self.gate_up, self.down, ids, weights / weights.sum(-1, keepdim=True))
-
-
-@dataclass(slots=True, frozen=True, eq=False)
-class Step:
-    """What the layers share within one step."""
-
-    batch: Batch
-    store: Store
-    cos: torch.Tensor
-    sin: torch.Tensor
+            return self.experts(h, None, None)
+        logits = F.linear(h.to(self.router.dtype), self.router)
+        return self.experts(h, *softmax_route(logits, self.top))
 
 
 class MiniMax:
@@ -238,18 +290,25 @@ class MiniMax:
             (LightningMixer if kind == "lightning" else SoftmaxMixer)(config, i, parameters)
             for i, kind in enumerate(config.layers)
         ]
-        self.experts = [Experts(config, i, parameters) for i in range(count)]
+        self.experts = [Routed(config, i, parameters) for i in range(count)]
         self.head = (
             self.embedding
             if config.tied
             else parameters.tensor("lm_head.weight", config.vocab_size, config.hidden)
         )
-        self.frequencies = rotary_frequencies(config.head_dim, config.rope_theta, parameters.device)
+        self.frequencies = rotary_frequencies(
+            config.rotary_dim, config.rope_theta, parameters.device
+        )
 
     @property
     def vocab_size(self) -> int:
         """Width of the logits."""
         return self.config.vocab_size
+
+    @property
+    def drawable(self) -> int:
+        """The released weights have rows that no token stands behind, there to round a size up."""
+        return TOKENS if self.config.vocab_size == ROWS else self.config.vocab_size
 
     @property
     def max_positions(self) -> int | None:
@@ -264,22 +323,17 @@ class MiniMax:
             if kind == "lightning":
                 fields += memory_fields(i, c.heads, c.head_dim, c.head_dim, memory)
             elif kind == "window":
-                window = (c.window, c.kv_heads, c.head_dim)
-                fields += [
-                    Field(f"{name}.{i}", window, self.dtype, axis=0) for name in ("keys", "values")
-                ]
+                fields += window_fields(i, c.window, c.kv_heads, c.head_dim, self.dtype)
         return fields
 
     def block_fields(self, block_size: int) -> list[Field]:
         """What one KV block of block_size positions holds."""
         c = self.config
-        shape = (block_size, c.kv_heads, c.head_dim)
-        return [
-            Field(f"{name}.{i}", shape, self.dtype, axis=0)
-            for i, kind in enumerate(c.layers)
-            if kind == "softmax"
-            for name in ("keys", "values")
-        ]
+        fields: list[Field] = []
+        for i, kind in enumerate(c.layers):
+            if kind == "softmax":
+                fields += page_fields(i, block_size, c.kv_heads, c.head_dim, self.dtype)
+        return fields
 
     def forward(self, batch: Batch, store: Store) -> torch.Tensor:
         """Fold the batch into the store; logits [R, V] float32 of the rows to sample."""
@@ -292,7 +346,7 @@ class MiniMax:
             mixed = self.mixers[i](h, step)
             if i == last:  # what follows is row by row: only the rows that are asked for
                 h, mixed = h[batch.sample_rows], mixed[batch.sample_rows]
-            alpha, beta = c.alpha_beta["linear_attn" if kind == "lightning" else "full_attn"]
+            alpha, beta = c.alpha_beta[kind]
             h = residual_rmsnorm(h, mixed, alpha, beta, self.middle_norms[i], c.eps)
             expanded = self.experts[i](h)
             alpha, beta = c.alpha_beta["mlp"]

@@ -53,9 +53,8 @@ async def health(service: TheService) -> Response:
     try:
         service.check()
     except EngineDeadError as error:
-        state = "dead" if service.state == "ready" else service.state
-        headers = error_headers(error)
-        return JSON({"status": state, **error.body()}, status_code=503, headers=headers)
+        body = {"status": service.condition, **error.body()}
+        return JSON(body, status_code=503, headers=error_headers(error))
     return JSON({"status": "ok"})
 
 

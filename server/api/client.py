@@ -254,9 +254,8 @@ class EngineClient:
         ]
         stdin = self._process.stdin
         assert stdin is not None
-        nothing = {"api_key": (), "hub_token": None}  # the engine needs to know no secret
-        keyless = settings.model_copy(update=nothing)
-        stdin.write(keyless.model_dump_json().encode())
+        public = settings.keyless.model_copy(update={"hub_token": None})  # it needs no secret
+        stdin.write(public.model_dump_json().encode())
         stdin.close()  # after what was written
 
     def _clean_up(self) -> None:

@@ -21,8 +21,7 @@ async def fetch(settings: Settings) -> Path:
     )
     assert process.stdin is not None and process.stdout is not None
     try:
-        keyless = settings.model_copy(update={"api_key": ()})
-        process.stdin.write(keyless.model_dump_json().encode() + b"\n")  # and stays open
+        process.stdin.write(settings.keyless.model_dump_json().encode() + b"\n")  # and stays open
         said = await process.stdout.read()
         code = await process.wait()
     finally:

@@ -31,7 +31,7 @@ class Gate:
     def __init__(self, app: ASGIApp, *, service: Service) -> None:
         self.app = app
         self.service = service
-        self.keys = Keys(service.settings.api_key)
+        self.keys = Keys(service.settings.keys)
         self.max_body_bytes = service.settings.max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

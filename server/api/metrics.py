@@ -5,14 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 
 from server.api.cache import CacheMetrics
 from server.api.client import EngineClient
 from server.protocol import Output, Step
 
 PREFIX = "steadystate_"
+STATES = ("starting", "ready", "draining", "dead")
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
 # Prompts are long: first tokens may take the better part of an hour.
@@ -55,6 +64,7 @@ class Metrics:
 
     def __init__(self, model: str) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # of the API process; process_start_time_seconds
         self._model = model
         self._preempted = 0
 
@@ -79,6 +89,14 @@ class Metrics:
         self._kv_usage = gauge("kv_cache_usage_perc", "share of the KV blocks in use, 0 to 1")
         self._cache = CacheMetrics(self.registry, model)
         self._device_memory = gauge("device_memory_bytes", "device memory held by the engine")
+        self._device_free = gauge("device_memory_free_bytes", "device memory that nobody holds")
+        self._device_total = gauge("device_memory_total_bytes", "device memory there is")
+        self._state = Gauge(
+            PREFIX + "server_state",
+            "1 for the state that the server is in",
+            ["model_name", "state"],
+            registry=self.registry,
+        )
 
         self._ttft = histogram(
             "time_to_first_token_seconds", "arrival to first token", FIRST_TOKEN_SECONDS
@@ -102,6 +120,15 @@ class Metrics:
             "iteration_tokens_total", "tokens computed in an engine step", STEP_TOKENS
         )
 
+    def watch(self, condition: Callable[[], str]) -> None:
+        """Ask for the server's state, one of STATES, when scraped."""
+
+        def is_in(state: str) -> float:
+            return float(condition() == state)
+
+        for state in STATES:
+            self._state.labels(self._model, state).set_function(partial(is_in, state))
+
     def attach(self, client: EngineClient) -> None:
         """Read gauges off a ready engine when scraped, and count what its steps do."""
         capacity = client.capacity
@@ -113,6 +140,8 @@ class Metrics:
             (self._slots_used, lambda: client.stats.slots_used),
             (self._kv_usage, lambda: client.stats.blocks_used / (client.stats.blocks_total or 1)),
             (self._device_memory, lambda: client.stats.device_memory),
+            (self._device_free, lambda: client.stats.device_free),
+            (self._device_total, lambda: client.stats.device_total),
         ]
         for metric, value in read:
             metric.set_function(value)

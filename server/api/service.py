@@ -25,6 +25,7 @@ from server.errors import EngineDeadError, NotFoundError
 from server.logs import log
 from server.settings import Settings
 
+State = Literal["starting", "ready", "draining", "dead"]
 StartEngine = Callable[[Settings], Awaitable[EngineClient]]
 
 B = TypeVar("B", bound=Body)
@@ -46,11 +47,12 @@ class Service:
     def __init__(self, settings: Settings, start_engine: StartEngine = EngineClient.start) -> None:
         self.settings = settings
         self.model_id = settings.model_id
-        self.state: Literal["starting", "ready", "draining", "dead"] = "starting"
+        self.state: State = "starting"
         self.failure: str | None = None
         self.active = 0
         self.started = time.time()
         self.metrics = Metrics(self.model_id)
+        self.metrics.watch(lambda: self.condition)
         self.queue = Queue(
             max_requests=settings.max_queue_requests, max_tokens=settings.max_queue_tokens
         )
@@ -90,13 +92,19 @@ class Service:
         if self.state == "draining" and self.active:
             self.client.abandon(SHUTTING_DOWN)
 
+    @property
+    def condition(self) -> State:
+        """The state as of now: an engine that is gone makes a ready server dead at once."""
+        return "dead" if self.state == "ready" and self.client.is_dead else self.state
+
     def check(self) -> None:
         """Raise EngineDeadError unless requests can be served."""
-        if self.state == "ready" and not self.client.is_dead:
+        condition = self.condition
+        if condition == "ready":
             return
-        if self.state == "starting":
+        if condition == "starting":
             raise EngineDeadError("the model is still loading")
-        if self.state == "draining":
+        if condition == "draining":
             raise EngineDeadError(SHUTTING_DOWN)
         raise EngineDeadError("the engine is dead; the server is about to exit")
 

@@ -26,6 +26,7 @@ from server.api.detokenizer import (
 )
 from server.api.reasoning import CLOSE, OPEN
 from server.api.template import ChatTemplate, Marked
+from server.sentencepiece import load_tokenizer
 
 T = TypeVar("T")
 
@@ -205,6 +206,8 @@ class Tokenizer:
 def _load(path: Path) -> PreTrainedTokenizerBase:
     if (path / "tokenizer.json").is_file():
         return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+    if (path / "tokenizer.model").is_file():
+        return load_tokenizer(path)
     # Other formats are converted on loading. This import brings torch along: 200 MB, two seconds.
     from transformers import AutoTokenizer
 

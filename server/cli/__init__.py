@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from server import __version__
-from server.cli import plan, serve
+from server.cli import convert, plan, serve
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     serve.add_parser(commands)
     plan.add_parser(commands)
+    convert.add_parser(commands)
     arguments = parser.parse_args(argv)
     code: int = arguments.run(arguments)
     return code

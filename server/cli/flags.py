@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic_core import ErrorDetails, PydanticUndefined
 from pydantic_settings import SettingsError
 
 from server.settings import Settings
@@ -54,13 +54,16 @@ def settings_of(arguments: argparse.Namespace, **given: Any) -> Settings:
     try:
         return Settings(**given)
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, mistake['loc']))}: {mistake['msg']}, got {mistake['input']!r}"
-            for mistake in error.errors()
-        ]
-        raise ValueError("\n".join(lines)) from error
+        raise ValueError("\n".join(map(_line, error.errors()))) from error
     except SettingsError as error:
         raise ValueError(str(error)) from error
+
+
+def _line(mistake: ErrorDetails) -> str:
+    """One mistake. What concerns several fields came with all of them, keys and tokens too."""
+    if not mistake["loc"]:
+        return mistake["msg"]
+    return f"{'.'.join(map(str, mistake['loc']))}: {mistake['msg']}, got {mistake['input']!r}"
 
 
 def _kind(annotation: Any) -> Any:

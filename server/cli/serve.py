@@ -142,8 +142,8 @@ class DrainingServer(uvicorn.Server):
             f"{capacity.device}: {capacity.slots} slots of {capacity.state_bytes / 1e6:.3g} MB, "
             f"max_model_len {capacity.max_model_len or 'unbounded'}, "
             f"ready after {time.monotonic() - self._begun:.1f} s"
-            + ("" if settings.api_key or settings.host in ("127.0.0.1", "localhost", "::1")
-               else "; open to all: no api_key is set"),
+            + ("" if settings.keys or settings.host in ("127.0.0.1", "localhost", "::1")
+               else "; open to all: there is no API key"),
             flush=True,
         )  # fmt: skip
 

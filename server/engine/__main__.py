@@ -27,6 +27,7 @@ def load(settings: Settings) -> LoadedRunner:
         max_step_tokens=settings.max_step_tokens,
         state_dtype=settings.state_dtype,
         ring=settings.ring,
+        decay_layer_factor=settings.decay_layer_factor,
     )
 
 

@@ -90,7 +90,7 @@ class Loop:
             disk_bytes=disk_bytes,
         )
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
-        self._memory = 0
+        self._memory = (0, 0, 0)  # held, free, in all
         self._stuck = False  # the last turn found nothing to compute
         self._measured = -MEMORY_SECONDS
 
@@ -142,8 +142,9 @@ class Loop:
         stats = self.scheduler.stats()
         stats.step_tokens = step_tokens
         if self.clock() - self._measured >= MEMORY_SECONDS:
-            self._memory, self._measured = self.runner.device_memory(), self.clock()
-        stats.device_memory = self._memory
+            self._memory = (self.runner.device_memory(), *self.runner.device_room())
+            self._measured = self.clock()
+        stats.device_memory, stats.device_free, stats.device_total = self._memory
         return stats
 
     def _compute(self, work: Work) -> list[Output]:

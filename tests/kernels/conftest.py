@@ -9,6 +9,7 @@ MODULES = (
     "gated",
     "lightning_decode",
     "lightning_prefill",
+    "lrpe",
     "paged_attention",
     "residual_rmsnorm",
     "rmsnorm",

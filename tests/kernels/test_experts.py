@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.experts import _grouped, _looped, moe, moe_reference
+from kernels.experts import _grouped, _looped, _masked, moe, moe_reference
 from tests.kernels.cases import error
 
 
@@ -53,3 +53,4 @@ def test_grouped_products_equal_those_of_a_loop():
     ends = torch.tensor([7, 7, 8, 30], dtype=torch.int32, device=device)
     args = x, gate_up, down, ends
     assert error(_grouped(*args), _looped(*args)) <= 1e-2
+    assert error(_masked(*args), _looped(*args)) <= 1e-2

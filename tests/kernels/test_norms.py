@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.residual_rmsnorm import residual_rmsnorm, residual_rmsnorm_reference
+from kernels.residual_rmsnorm import add_rmsnorm_, residual_rmsnorm, residual_rmsnorm_reference
 from kernels.rmsnorm import rmsnorm, rmsnorm_reference
 from kernels.rmsnorm_gate import rmsnorm_gate, rmsnorm_gate_reference
 from tests.kernels.cases import error
@@ -59,3 +59,32 @@ def test_rmsnorm_gate(device, T, D, dtype):
     y = rmsnorm_gate(o, gate, weight, 1e-6)
     assert y.dtype == dtype and y.is_contiguous()
     assert error(y, rmsnorm_gate_reference(o, gate, weight, 1e-6)) <= BOUND[dtype]
+
+
+@WIDTHS
+@pytest.mark.parametrize("weighted", [True, False])
+def test_add_rmsnorm_keeps_the_sum(device, T, D, dtype, weighted):
+    wide = torch.randn(T, D + 24, device=device).to(dtype)
+    before, f = wide.clone(), rows(T, D, dtype, device)
+    x = wide[:, 8 : D + 8]
+    weight = torch.randn(D, device=device).to(dtype) if weighted else None
+    total = before[:, 8 : D + 8].double() + f.double()
+    expected = residual_rmsnorm_reference(before[:, 8 : D + 8], f, 1.0, 1.0, weight, 1e-6)
+    y = add_rmsnorm_(x, f, weight, 1e-6)
+    assert y.dtype == dtype and y.is_contiguous()
+    assert error(y, expected) <= BOUND[dtype]
+    assert error(x, total) <= BOUND[dtype]
+    assert torch.equal(wide[:, :8], before[:, :8])
+    assert torch.equal(wide[:, D + 8 :], before[:, D + 8 :])
+
+
+@pytest.mark.parametrize(("T", "D", "groups"), [(3, 100, 4), (7, 781, 1), (2, 2048, 4), (5, 96, 8)])
+@pytest.mark.parametrize(("weighted", "sigmoid"), [(True, True), (False, False)])
+def test_rmsnorm_gate_of_groups(device, T, D, groups, weighted, sigmoid, dtype):
+    o, gate = rows(T, D, dtype, device), rows(T, D, dtype, device)
+    o *= torch.linspace(1, 9, D, device=device).to(dtype)  # groups of unequal size
+    weight = torch.randn(D, device=device).to(dtype) if weighted else None
+    options = {"groups": groups, "sigmoid": sigmoid}
+    y = rmsnorm_gate(o, gate, weight, 1e-6, **options)
+    assert y.dtype == dtype and y.is_contiguous()
+    assert error(y, rmsnorm_gate_reference(o, gate, weight, 1e-6, **options)) <= BOUND[dtype]

@@ -37,6 +37,8 @@ def test_it_is_a_runner(path: Path) -> None:
     assert (capacity.slots, capacity.vocab_size, capacity.device) == (4, 97, "cpu")
     assert capacity.state_bytes == 4 * 4 * 16 * 16 * 4
     assert runner.device_memory() > 0
+    free, total = runner.device_room()
+    assert 0 < free < total
 
 
 def test_a_bfloat16_state_is_half_as_large_and_close(path: Path) -> None:

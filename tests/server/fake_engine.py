@@ -108,6 +108,9 @@ class FakeRunner:
     def device_memory(self) -> int:
         return 1_000_000
 
+    def device_room(self) -> tuple[int, int]:
+        return 3_000_000, 4_000_000
+
     def _fold(self, chunk: Chunk) -> None:
         assert 0 <= chunk.slot < self.capacity.slots
         state = self.slots[chunk.slot] if chunk.start else array("i")

@@ -20,6 +20,7 @@ from server.api import fetch as fetching
 from server.api.fetch import fetch
 from server.settings import Settings
 from tests.model.checkpoints import write
+from tests.releases import RELEASES
 from tests.server.api.checkpoint import VOCAB, write_checkpoint
 from tests.server.hub_server import Hub, Repo, serve_hub
 from tests.test_road import ROOT, Server
@@ -64,9 +65,7 @@ def plant_code(path: Path, sentinel: Path) -> None:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint in shards, with a tokenizer, and with code that must not run."""
     path = write_checkpoint(tmp_path_factory.mktemp("hub") / "tiny")
-    oracle = write(path, vocab_size=VOCAB)
-    (path / "model.safetensors").unlink()
-    oracle.save_pretrained(path, max_shard_size="200KB")
+    write(path, vocab_size=VOCAB, max_shard_size="200KB")
     (path / "generation_config.json").write_text('{"do_sample": false, "eos_token_id": 256}')
     plant_code(path, path.parent / "sentinel")
     return path
@@ -212,6 +211,22 @@ def test_pickles_are_fetched_only_for_who_asks(hub: Hub) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert names(Path(done.stdout.strip())) == sorted({*files} - {"training_args.bin"})
+
+
+def test_a_release_is_converted_from_the_hub(hub: Hub, tmp_path: Path) -> None:
+    RELEASES["TransNormerLLM"].write(tmp_path / "release")
+    hub.repos["org/normer"] = Repo(
+        {name: (tmp_path / "release" / name).read_bytes() for name in names(tmp_path / "release")}
+    )
+    target = tmp_path / "made"
+    command = [sys.executable, "-m", "server", "convert", "org/normer", str(target)]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE)
+    made = names(target)
+    assert {"model.safetensors.index.json", "tokenizer.json", "config.json"} <= {*made}
+    assert not any(name.endswith((".py", ".bin")) for name in made)
+    assert not any(path.endswith(".py") for path in hub.paths())
+    with pytest.raises(ValueError, match="`steadystate convert` makes them of pickles"):
+        get(model="org/normer")
 
 
 @pytest.mark.parametrize(

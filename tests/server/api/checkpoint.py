@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from server.api.detokenizer import _byte_alphabet
@@ -19,6 +20,16 @@ TEMPLATE = (
 def write_checkpoint(path: Path, template: str = TEMPLATE, **generation: object) -> Path:
     """Fill `path` with what the API process reads of a checkpoint."""
     path.mkdir(parents=True)
+    write_tokenizer(path, SPECIALS, template, eos="<|endoftext|>")
+    generation = {"eos_token_id": [END_OF_TEXT, END], **generation}
+    (path / "generation_config.json").write_text(json.dumps(generation))
+    return path
+
+
+def write_tokenizer(
+    path: Path, specials: Sequence[str], template: str | None, *, eos: str, **config: object
+) -> None:
+    """A byte-level tokenizer.json with special tokens from id 256 on, and a chat template."""
     vocab = {char: byte for char, byte in _byte_alphabet().items()}
     added = [
         {
@@ -30,7 +41,7 @@ def write_checkpoint(path: Path, template: str = TEMPLATE, **generation: object)
             "normalized": False,
             "special": True,
         }
-        for index, content in enumerate(SPECIALS)
+        for index, content in enumerate(specials)
     ]
     byte_level = {
         "type": "ByteLevel",
@@ -51,15 +62,11 @@ def write_checkpoint(path: Path, template: str = TEMPLATE, **generation: object)
     }
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|endoftext|>",
+        "eos_token": eos,
         "clean_up_tokenization_spaces": False,
+        **config,
     }
-    files = {
-        "tokenizer.json": tokenizer,
-        "tokenizer_config.json": config,
-        "generation_config.json": {"eos_token_id": [END_OF_TEXT, END], **generation},
-    }
-    for name, content in files.items():
-        (path / name).write_text(json.dumps(content))
-    (path / "chat_template.jinja").write_text(template)
-    return path
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    if template is not None:
+        (path / "chat_template.jinja").write_text(template)

@@ -89,10 +89,14 @@ class Live:
 @contextmanager
 def in_thread(checkpoint: Path, *engine: str, **settings: object) -> Iterator[Live]:
     """A server on a free port in a thread, with a fake engine process, once it is ready."""
-    service = Service(
-        Settings(model=str(checkpoint), **settings),
-        partial(EngineClient.start, command=[*ENGINE, *engine]),
-    )
+    start = partial(EngineClient.start, command=[*ENGINE, *engine])
+    with serving(Service(Settings(model=str(checkpoint), **settings), start)) as live:
+        yield live
+
+
+@contextmanager
+def serving(service: Service) -> Iterator[Live]:
+    """A service on a free port in a thread, once it is ready."""
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
         create_app(service), log_config=None, lifespan="on", timeout_graceful_shutdown=1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from server.api.metrics import FIRST_TOKEN_SECONDS
+from server.api.metrics import FIRST_TOKEN_SECONDS, STATES
 from tests.server.api.live import Live, eventually
 
 HISTOGRAMS = (
@@ -16,6 +16,11 @@ HISTOGRAMS = (
     "request_prompt_tokens",
     "request_generation_tokens",
 )
+
+
+def states(live: Live) -> dict[str, float]:
+    metrics = live.metrics()
+    return {state: metrics[f'server_state{{state="{state}"}}'] for state in STATES}
 
 
 def test_known_work_is_counted(echo: Live) -> None:
@@ -68,6 +73,10 @@ def test_gauges(slow: Live) -> None:
     assert gauges["state_bytes_per_sequence"] == 1024
     assert gauges["num_requests_running"] == 0 and gauges["num_requests_waiting"] == 0
     assert gauges["kv_cache_usage_perc"] == 0 and gauges["device_memory_bytes"] > 0
+    free, total = gauges["device_memory_free_bytes"], gauges["device_memory_total_bytes"]
+    assert (free, total) == (3_000_000, 4_000_000)
+    assert states(slow) == {"starting": 0, "ready": 1, "draining": 0, "dead": 0}
+    assert gauges["process_start_time_seconds"] > 1e9
     body = {"prompt": "a", "max_tokens": 100_000, "ignore_eos": True, "stream": True, "n": 2}
     with slow.http.stream("POST", "/v1/completions", json=body) as response:
         lines = response.iter_lines()

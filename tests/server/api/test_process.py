@@ -36,6 +36,7 @@ def test_from_start_to_sigterm(launch: Launch) -> None:
     process = launch("--step-seconds", "0.01")
     starting = process.live.http.get("/health")
     assert starting.status_code == 503 and starting.json()["status"] == "starting"
+    assert process.live.metrics()['server_state{state="starting"}'] == 1
     refused = process.live.complete("a")
     assert refused.status_code == 503 and "loading" in refused.json()["error"]["message"]
     process.live.wait_ready()
@@ -46,6 +47,7 @@ def test_from_start_to_sigterm(launch: Launch) -> None:
         process.terminate()
         eventually(lambda: process.live.http.get("/health").status_code == 503)
         assert process.live.http.get("/health").json()["status"] == "draining"
+        assert process.live.metrics()['server_state{state="draining"}'] == 1
         refused = process.live.complete("a")
         assert refused.status_code == 503 and refused.headers["retry-after"]
         assert running.result().json()["usage"]["completion_tokens"] == 150
@@ -156,6 +158,9 @@ def test_the_console_script() -> None:
         (["--memory-fraction", "nan"], "memory_fraction"),
         (["--api-key", ""], "api_key"),
         (["--api-key", " ", "--api-key", ","], "api_key"),
+        (["--api-key-file", "/no/such/file"], "api_key_file: Value error, cannot be read"),
+        (["--api-key-file", "/"], "api_key_file: Value error, cannot be read"),
+        (["--api-key-file", "/dev/null"], "api_key_file: Value error, no key"),
     ],
 )
 def test_flags_that_make_no_sense(
@@ -176,8 +181,46 @@ def test_a_variable_without_a_key_opens_nothing(
         main(["serve"])
     assert end.value.code == 2 and "api_key" in capsys.readouterr().err
     settings = Settings(api_key="a")
-    data = settings.model_copy(update={"api_key": ()}).model_dump_json()
+    data = settings.keyless.model_dump_json()
     assert Settings.model_validate_json(data).api_key == ()  # as the engine reads them
+
+
+@pytest.mark.parametrize(
+    ("content", "mistake"),
+    [(b"", "no key"), (b" \n\n", "no key"), (b"sec\xff", "UTF-8"), (b"a\nsec cret\n", "line 2")],
+)
+def test_a_key_file_without_keys(
+    content: bytes, mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "keys"
+    file.write_bytes(content)
+    with pytest.raises(SystemExit) as end:
+        main(["serve", "--api-key-file", str(file)])
+    words = capsys.readouterr().err.partition("error: ")[2]
+    assert end.value.code == 2 and "api_key_file" in words and mistake in words
+    assert "sec" not in words
+
+
+def test_keys_come_from_both_and_go_no_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text(" one\n\ntwo,still-two\n")
+    monkeypatch.setenv("STEADYSTATE_API_KEY_FILE", str(file))
+    monkeypatch.setenv("STEADYSTATE_NO_SUCH_SETTING", "1")  # another program's, say
+    settings = Settings(api_key="three")
+    assert settings.keys == ("three", "one", "two,still-two")
+    file.unlink()
+    monkeypatch.delenv("STEADYSTATE_API_KEY_FILE")
+    engine = Settings.model_validate_json(settings.keyless.model_dump_json())
+    assert engine.keys == () and "three" not in settings.keyless.model_dump_json()
+
+
+def test_a_mistake_of_several_fields_tells_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--revision", "v1", "--api-key", "hush-1", "--hub-token", "hush-2"])
+    words = capsys.readouterr().err
+    assert "revision is for models on the hub" in words and "hush" not in words
 
 
 def test_flags_win_over_variables(monkeypatch: pytest.MonkeyPatch) -> None:

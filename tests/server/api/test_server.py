@@ -16,10 +16,13 @@ from tests.server.api.live import Live, eventually, in_thread
 
 
 @pytest.fixture(scope="module")
-def guarded(checkpoint: Path) -> Iterator[Live]:
+def guarded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """A server with keys, a small body bound, a maximum length and traps."""
     options = ("--max-model-len", "64", "--oom-token", "1", "--nan-token", "2", "--echo")
-    with in_thread(checkpoint, *options, api_key="one, two", max_body_bytes=2048) as live:
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text("two\nfour\n")
+    keys = {"api_key": "one", "api_key_file": file}
+    with in_thread(checkpoint, *options, **keys, max_body_bytes=2048) as live:
         live.http.headers["authorization"] = "Bearer two"
         yield live
 
@@ -37,7 +40,12 @@ def test_a_key_on_every_route_but_health(guarded: Live, headers: dict[str, str])
 
 @pytest.mark.parametrize(
     "headers",
-    [{"authorization": "Bearer one"}, {"authorization": "bearer two"}, {"x-api-key": "one"}],
+    [
+        {"authorization": "Bearer one"},
+        {"authorization": "bearer two"},
+        {"x-api-key": "one"},
+        {"x-api-key": "four"},
+    ],
 )
 def test_right_keys(guarded: Live, headers: dict[str, str]) -> None:
     with httpx.Client(base_url=guarded.url, headers=headers) as client:

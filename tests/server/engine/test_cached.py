@@ -30,8 +30,8 @@ def load(
     if not directory.is_dir():
         write(directory, **ONE_EXPERT, **KINDS[kind])
     return load_runner(
-        directory, device=device, dtype="float32", max_running=16, max_step_tokens=512, state_memory_gb=0.02,
-        ring=ring, threads=1, **options,
+        directory, device=device, dtype="float32", max_running=16, max_step_tokens=512,
+        state_memory_gb=0.02, ring=ring, threads=1, **options,
     )  # type: ignore[arg-type]  # fmt: skip
 
 

@@ -69,6 +69,7 @@ def test_a_turn_reads_computes_and_publishes_one_message():
     assert [output.started for output in step.outputs] == [7.0, 7.0]
     assert (step.stats.running, step.stats.slots_used, step.stats.step_tokens) == (2, 2, 9)
     assert step.stats.device_memory == 1_000_000
+    assert (step.stats.device_free, step.stats.device_total) == (3_000_000, 4_000_000)
     run(loop)
     assert post.result("a") == alone(generate("a", 5, 3))
     assert post.sent[-1].stats.slots_used == 0

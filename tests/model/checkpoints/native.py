@@ -1,4 +1,4 @@
-"""Tiny random MiniMax checkpoints, written by transformers itself."""
+"""Tiny MiniMax checkpoints in transformers' layout, written and judged by transformers itself."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from transformers import MiniMaxConfig, MiniMaxForCausalLM
+
+from tests.model.checkpoints.formulas import Oracle
 
 LIGHTNING, SOFTMAX = "linear_attention", "full_attention"
 
@@ -39,8 +41,8 @@ def tiny_config(**changes: Any) -> MiniMaxConfig:
     return MiniMaxConfig(**(values | changes))
 
 
-def write(directory: Path, *, seed: int = 0, **changes: Any) -> MiniMaxForCausalLM:
-    """Write a checkpoint and return the float32 oracle that wrote it."""
+def write(directory: Path, *, seed: int = 0, max_shard_size: str = "5GB", **changes: Any) -> Oracle:
+    """Write a checkpoint and return what it should say."""
     torch.manual_seed(seed)
     oracle = MiniMaxForCausalLM(tiny_config(**changes)).eval().float()
     with torch.no_grad():
@@ -49,12 +51,12 @@ def write(directory: Path, *, seed: int = 0, **changes: Any) -> MiniMaxForCausal
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(0, parameter.shape[-1] ** -0.5)
-    oracle.save_pretrained(directory)
-    return oracle
+    oracle.save_pretrained(directory, max_shard_size=max_shard_size)
+    return lambda ids: _logits(oracle, ids)
 
 
 @torch.no_grad()
-def oracle_logits(oracle: MiniMaxForCausalLM, ids: list[int]) -> torch.Tensor:
+def _logits(oracle: MiniMaxForCausalLM, ids: list[int]) -> torch.Tensor:
     """Float32 logits [T, V] of one no-cache forward with explicit positions."""
     out = oracle(
         input_ids=torch.tensor([ids]),

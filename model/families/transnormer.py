@@ -1,0 +1,181 @@
+"""TransNormerLLM (arXiv 2307.14995): lightning layers only, so a sequence keeps a constant state.
+
+Pre-norm residual: x += mixer(norm(x)); x += glu(norm(x)). Norms have no weights, the gated unit no
+activation, and the embedding is the head.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from kernels.gated import silu_
+from kernels.lrpe import lrpe
+from kernels.residual_rmsnorm import add_rmsnorm_
+from kernels.rmsnorm import rmsnorm
+from kernels.rmsnorm_gate import rmsnorm_gate
+from model.batch import Batch
+from model.config import Fields
+from model.layers import alibi_slopes, head_logits, layer_factor
+from model.lightning import Lightning, Memory, memory_fields
+from model.store import Field, Store
+from model.weights import Parameters
+
+EPS = 1e-6  # of SimpleRMSNorm; no field of config.json sets it
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class TransNormerConfig:
+    """config.json of TransnormerForCausalLM; lrpe[i] says whether layer i has LRPE."""
+
+    dim: int
+    hidden: int
+    heads: int
+    head_dim: int
+    glu: int
+    vocab_size: int
+    lrpe: tuple[bool, ...]
+    embedding_scale: float
+    tied: bool
+
+    @classmethod
+    def parse(cls, fields: Fields) -> TransNormerConfig:
+        """Check and take the fields. Raises ConfigError that names the first bad one."""
+        fields.only("norm_type", "simplermsnorm")
+        fields.only("linear_act_fun", "swish", "silu")
+        fields.only("glu_act", "none")
+        fields.only("bias", False)
+        fields.only("gate_dim", None)
+        fields.only("quantization_config", None)
+        fields.without("decay_layer_factor", "only one is published for this architecture")
+        dim = fields.integer("decoder_embed_dim")
+        hidden = fields.integer("hidden_dim")
+        heads = fields.integer("decoder_attention_heads")
+        if hidden % heads:
+            raise fields.fail("hidden_dim", f"a multiple of {heads}")
+        count = fields.integer("decoder_layers")
+        lrpe_list = fields.values.get("linear_use_lrpe_list")
+        if (
+            not isinstance(lrpe_list, list)
+            or len(lrpe_list) != count
+            or not all(type(use) is int and use in (0, 1) for use in lrpe_list)
+        ):
+            raise fields.fail("linear_use_lrpe_list", f"a list of {count} of 0, 1")
+        unscaled = fields.flag("no_scale_embedding", False)
+        return cls(
+            dim=dim,
+            hidden=hidden,
+            heads=heads,
+            head_dim=hidden // heads,
+            glu=dim if fields.values.get("glu_dim") == -1 else fields.integer("glu_dim"),
+            vocab_size=fields.integer("vocab_size"),
+            lrpe=tuple(map(bool, lrpe_list)),
+            embedding_scale=1.0 if unscaled else math.sqrt(dim),
+            tied=fields.flag("tie_word_embeddings", True),
+        )
+
+    def key_dim(self, index: int) -> int:
+        """Width of a key: LRPE doubles it."""
+        return self.head_dim * (2 if self.lrpe[index] else 1)
+
+
+class LightningMixer:
+    """o = norm(q^T S) * u: silu on q and k, LRPE in the layers that have it, no scale."""
+
+    def __init__(self, config: TransNormerConfig, index: int, parameters: Parameters) -> None:
+        prefix = f"model.layers.{index}.token_mixer"
+        self.heads, self.dim, self.width = config.heads, config.head_dim, config.hidden
+        self.qkvu = parameters.matrix(f"{prefix}.qkvu_proj.weight", 4 * self.width, config.dim)
+        self.out = parameters.matrix(f"{prefix}.out_proj.weight", config.dim, self.width)
+        self.theta = None
+        if config.lrpe[index]:  # angles: rounded to 16 bits they would be others after some tokens
+            self.theta = parameters.tensor(
+                f"{prefix}.lrpe.theta", self.heads, 1, self.dim, dtype=torch.float32
+            )
+        slopes = alibi_slopes(self.heads) * layer_factor(index, len(config.lrpe))
+        slopes = slopes.to(device=parameters.device, dtype=torch.float32)
+        self.lightning = Lightning(index, slopes, scale=1.0)
+
+    def __call__(self, h: torch.Tensor, batch: Batch, store: Store) -> torch.Tensor:
+        projected = F.linear(h, self.qkvu)
+        qk = silu_(projected[:, : 2 * self.width]).unflatten(1, (2 * self.heads, self.dim))
+        if self.theta is not None:
+            qk = lrpe(qk, self.theta.squeeze(1), batch.positions)
+        q, k = qk.chunk(2, dim=1)
+        v, u = projected[:, 2 * self.width :].chunk(2, dim=1)
+        o = self.lightning(q, k, v.unflatten(1, (self.heads, self.dim)), batch, store)
+        o = rmsnorm_gate(o.flatten(1), u, None, EPS, sigmoid=False)
+        return F.linear(o, self.out)
+
+
+class GatedUnit:
+    """l3(l1(h) * l2(h))."""
+
+    def __init__(self, config: TransNormerConfig, index: int, parameters: Parameters) -> None:
+        prefix = f"model.layers.{index}.channel_mixer"
+        names = [(f"{prefix}.l1.weight", config.glu), (f"{prefix}.l2.weight", config.glu)]
+        self.both = parameters.rows(names, config.dim)
+        self.out = parameters.matrix(f"{prefix}.l3.weight", config.dim, config.glu)
+
+    def __call__(self, h: torch.Tensor) -> torch.Tensor:
+        one, two = F.linear(h, self.both).chunk(2, dim=1)
+        return F.linear(one * two, self.out)
+
+
+class TransNormer:
+    """Embedding, layers, final norm and head."""
+
+    def __init__(self, fields: Fields, parameters: Parameters) -> None:
+        self.config = config = TransNormerConfig.parse(fields)
+        shape = config.vocab_size, config.dim
+        self.embedding = parameters.tensor("model.embed_tokens.weight", *shape)
+        layers = range(len(config.lrpe))
+        self.mixers = [LightningMixer(config, i, parameters) for i in layers]
+        self.units = [GatedUnit(config, i, parameters) for i in layers]
+        self.head = self.embedding if config.tied else parameters.tensor("lm_head.weight", *shape)
+        # some releases write the tied head a second time
+        self.ignored = re.compile(r"lm_head\.weight" if config.tied else r"(?!)")
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return self.config.vocab_size
+
+    @property
+    def drawable(self) -> int:
+        """Every row is a token's."""
+        return self.config.vocab_size
+
+    @property
+    def max_positions(self) -> int | None:
+        """Nothing bounds a sequence."""
+        return None
+
+    def slot_fields(self, memory: Memory) -> list[Field]:
+        """What one sequence keeps in its slot."""
+        c = self.config
+        fields: list[Field] = []
+        for i in range(len(c.lrpe)):
+            fields += memory_fields(i, c.heads, c.key_dim(i), c.head_dim, memory)
+        return fields
+
+    def block_fields(self, block_size: int) -> list[Field]:
+        """No keys and values are kept."""
+        return []
+
+    def forward(self, batch: Batch, store: Store) -> torch.Tensor:
+        """Fold the batch into the store; logits [R, V] float32 of the rows to sample."""
+        x = F.embedding(batch.ids, self.embedding) * self.config.embedding_scale
+        h = rmsnorm(x, None, EPS)
+        last = len(self.mixers) - 1
+        for i, (mixer, unit) in enumerate(zip(self.mixers, self.units, strict=True)):
+            mixed = mixer(h, batch, store)
+            if i == last:  # what follows is row by row: only the rows that are asked for
+                x, mixed = x[batch.sample_rows], mixed[batch.sample_rows]
+            h = add_rmsnorm_(x, mixed, None, EPS)
+            h = add_rmsnorm_(x, unit(h), None, EPS, out_dtype=torch.float32 if i == last else None)
+        return head_logits(h, self.head)
