@@ -16,6 +16,8 @@ from model.chunk import Capacity, Chunk, Copy, OutOfDeviceMemory, Sampled, Sampl
 from model.config import ConfigError, Fields
 from model.families import Family, build, logits_of
 from model.graphs import DecodeGraphs
+from model.image import fill, layout
+from model.image import read as read_image
 from model.lightning import Memory
 from model.sampling import Seen, plain, read, sample
 from model.sequences import Sequences
@@ -145,22 +147,27 @@ class ModelRunner:
         """Save, restore, move or forget states, in order."""
         for item in copies:
             source, target = item.source, item.target
+            seen = None if item.bare or source.slot is None else self.seen.rows.get(source.slot)
             if target is not None and target.slot is not None:
                 self.sequences.forget(target.slot)
             if target is None:
                 assert source.key is not None, "a slot is given back, not forgotten"
                 self.saved.pop(source.key, None)
             elif source.slot is not None and target.key is not None:
-                seen = self.seen.rows.get(source.slot)
                 self.saved[target.key] = self.store.save(source.slot, source.blocks, seen)
             elif source.key is not None and target.slot is not None:
                 saved = self.saved[source.key]
                 self.store.restore(saved, target.slot, target.blocks)
-                self._set_seen(target.slot, saved.seen)
+                self._set_seen(target.slot, None if item.bare else saved.seen)
             elif source.slot is not None and target.slot is not None:
                 pairs = list(zip(source.blocks, target.blocks, strict=True))
                 self.store.move(source.slot, target.slot, pairs)
-                self._set_seen(target.slot, self.seen.rows.get(source.slot))
+                self._set_seen(target.slot, seen)
+            elif source.key is not None and target.image is not None:
+                saved, size = self.saved[source.key], self.capacity.block_size
+                fill(target.image, saved, self.store, position=source.position, block_size=size)
+            elif source.image is not None and target.key is not None:
+                self.saved[target.key] = read_image(source.image, self.store)
             else:
                 raise ValueError(f"cannot copy {source} to {target}")
 
@@ -290,7 +297,10 @@ def load_runner(
         max_model_len=length,
         vocab_size=model.vocab_size,
         device=torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
+        dtype=str(kind).removeprefix("torch."),
         fingerprint=name,
+        slot_layout=layout(slot_fields),
+        block_layout=layout(model.block_fields(BLOCK_SIZE)) if blocks else (),
     )
     runner = ModelRunner(model, store, capacity, max_step_tokens=step_tokens, seconds=seconds)
     runner.parameters = parameters

@@ -64,6 +64,8 @@ class Seen:
             if row is None:
                 row = torch.zeros(self.vocab_size, dtype=torch.int32, device=self.device)
                 self.rows[chunk.slot] = row
+            if len(chunk.before):
+                row[torch.tensor(chunk.before, dtype=torch.int64).to(self.device)] |= PROMPT
             ids = torch.tensor(chunk.tokens, dtype=torch.int64).to(self.device)
             if chunk.prompt:
                 row[ids] |= PROMPT

@@ -112,6 +112,19 @@ class Settings(BaseSettings):
         description="token budget of one engine step; default: 8192 on CUDA, 2048 on the CPU",
     )
 
+    prefix_caching: bool = Field(
+        True, description="keep checkpoints of states, so that a prefix is read once"
+    )
+    context_directory: Path | None = Field(
+        None, description="where states and contexts are kept as files; default: in memory only"
+    )
+    disk_cache_gb: float = Field(
+        100.0, ge=0, description="GB of files in context_directory, contexts included"
+    )
+    host_cache_gb: float = Field(
+        4.0, ge=0, description="GB of host memory for checkpoints that leave the device"
+    )
+
     default_max_tokens: int = Field(
         4096,
         ge=1,
@@ -173,6 +186,16 @@ class Settings(BaseSettings):
     def keyless(self) -> Settings:
         """The same without any API key, for other processes."""
         return self.model_copy(update={"api_key": (), "api_key_file": None})
+
+    @property
+    def host_cache_bytes(self) -> int:
+        """Bytes of host memory for checkpoints."""
+        return int(self.host_cache_gb * 1e9)
+
+    @property
+    def disk_cache_bytes(self) -> int:
+        """Bytes of files for checkpoints and contexts."""
+        return int(self.disk_cache_gb * 1e9)
 
     @property
     def bundled(self) -> Path:

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.choice import Piece, TokenChoice
+from server.api.continuing import after_messages, open_context, template_kwargs
 from server.api.disconnect import unless_disconnected
 from server.api.generate import Generation, Prompt, options_of, start
 from server.api.logs import Record
@@ -37,34 +38,38 @@ async def chat(request: Request, service: TheService) -> Response:
         "system_fingerprint": service.capacity.fingerprint or None,
     }
     if body.stream:
-        generation = await unless_disconnected(request, _begin(service, body, record))
+        generation = await unless_disconnected(request, _begin(service, body, request))
         return EventStream(
             _chunks(body, head, generation),
             generation,
             record,
             keepalive_seconds=service.settings.keepalive_seconds,
         )
-    return JSON(await unless_disconnected(request, _whole(service, body, head, record)))
+    return JSON(await unless_disconnected(request, _whole(service, body, head, request)))
 
 
 async def encode_messages(service: Service, body: TemplateBody, messages: list[Message]) -> Prompt:
     """A conversation as a prompt."""
     ending = body.add_generation_prompt
-    effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
-    return Prompt(
-        await service.tokenizer.encode_chat(
-            for_template(messages),
-            add_generation_prompt=not body.continue_final_message if ending is None else ending,
-            continue_final_message=body.continue_final_message,
-            add_special_tokens=bool(body.add_special_tokens),
-            tools=[tool.for_template() for tool in body.offered],
-            kwargs=body.chat_template_kwargs | effort,
-        )
+    tokens = await service.tokenizer.encode_chat(
+        for_template(messages),
+        add_generation_prompt=not body.continue_final_message if ending is None else ending,
+        continue_final_message=body.continue_final_message,
+        add_special_tokens=bool(body.add_special_tokens),
+        tools=[tool.for_template() for tool in body.offered],
+        kwargs=template_kwargs(body),
     )
+    return Prompt(tokens, boundaries=service.tokenizer.boundaries(tokens))
 
 
-async def _begin(service: Service, body: ChatBody, record: Record) -> Generation:
-    prompt = await encode_messages(service, body, body.messages)
+async def _begin(service: Service, body: ChatBody, request: Request) -> Generation:
+    if body.context is None:
+        prompt = await encode_messages(service, body, body.messages)
+    else:
+        context = await open_context(
+            service, body.context, request.state.owner, salt=body.cache_salt
+        )
+        prompt = await after_messages(service, context, body)
     options = options_of(
         body,
         service,
@@ -72,7 +77,7 @@ async def _begin(service: Service, body: ChatBody, record: Record) -> Generation
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         thinking=_thinking(service, body, prompt) if service.tells_reasoning else None,
     )
-    return start(service, [prompt], options, record)
+    return start(service, [prompt], options, request.state.record)
 
 
 def _thinking(service: Service, body: ChatBody, prompt: Prompt) -> bool:
@@ -87,9 +92,9 @@ def _thinking(service: Service, body: ChatBody, prompt: Prompt) -> bool:
 
 
 async def _whole(
-    service: Service, body: ChatBody, head: Mapping[str, Any], record: Record
+    service: Service, body: ChatBody, head: Mapping[str, Any], request: Request
 ) -> dict[str, Any]:
-    generation = await _begin(service, body, record)
+    generation = await _begin(service, body, request)
     try:
         pieces = await generation.complete()
     finally:

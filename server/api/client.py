@@ -22,7 +22,22 @@ import zmq.asyncio
 from model.chunk import Capacity
 from server.engine.line import address
 from server.errors import EngineDeadError
-from server.protocol import Abort, FromEngine, Generate, Output, Ready, Stats, Step, ToEngine
+from server.protocol import (
+    Abort,
+    Export,
+    Fetch,
+    FromEngine,
+    Generate,
+    Import,
+    Output,
+    Pin,
+    Read,
+    Ready,
+    Reply,
+    Stats,
+    Step,
+    ToEngine,
+)
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -107,6 +122,7 @@ class EngineClient:
         self.waiting_tokens = 0
         self._capacity: Capacity | None = None
         self._streams: dict[str, EngineStream] = {}
+        self._calls: dict[str, asyncio.Future[Reply]] = {}
         self._changed = asyncio.Event()  # ready or dead
         self._epitaph = "the engine is shutting down"
         self._closing = False
@@ -168,7 +184,7 @@ class EngineClient:
         if self.is_dead:
             raise EngineDeadError(self._epitaph)
 
-    def submit(self, generate: Generate) -> EngineStream:
+    def submit(self, generate: Generate | Read) -> EngineStream:
         """Send a request. ValueError: its id is live; EngineDeadError: there is no engine."""
         self.check_alive()
         if generate.id in self._streams:
@@ -179,6 +195,20 @@ class EngineClient:
         self.waiting_tokens += stream.prompt_tokens
         self._send(generate)
         return stream
+
+    async def call(self, message: Fetch | Export | Import) -> Reply:
+        """Ask about a state, and wait for the answer. EngineDeadError: there is no engine."""
+        self.check_alive()
+        self._calls[message.id] = answer = asyncio.get_running_loop().create_future()
+        self._send(message)
+        try:
+            return await answer
+        finally:
+            del self._calls[message.id]
+
+    def pin(self, key: str, change: int) -> None:
+        """One context more, or fewer, is of a state."""
+        self._send(Pin(key, change))
 
     def forget(self, stream: EngineStream) -> None:
         """Abort a closed stream's request, unless it has ended."""
@@ -242,12 +272,16 @@ class EngineClient:
         decoder = msgspec.msgpack.Decoder(FromEngine)
         try:
             while True:
-                message: Ready | Step = decoder.decode(await self._inbox.recv())
+                message: FromEngine = decoder.decode(await self._inbox.recv())
                 if isinstance(message, Ready):
                     self._capacity, self.seconds = message.capacity, message.seconds
                     self.stats = message.stats
                     self.is_ready = True
                     self._changed.set()
+                elif isinstance(message, Reply):
+                    answer = self._calls.get(message.id)
+                    if answer is not None and not answer.done():
+                        answer.set_result(message)
                 else:
                     self._deliver(message)
                 await asyncio.sleep(0)  # recv() does not yield while messages are queued
@@ -294,6 +328,9 @@ class EngineClient:
         for stream in self._streams.values():
             stream.wake()
         self._streams.clear()
+        for answer in self._calls.values():
+            if not answer.done():
+                answer.set_exception(EngineDeadError(self._epitaph))
         self.waiting_requests = self.waiting_tokens = 0
 
 
@@ -320,5 +357,7 @@ def merge(outputs: list[Output]) -> Output:
         error=last.error,
         computed=max(output.computed for output in outputs),
         cached=max(output.cached for output in outputs),
+        state=last.state,
+        trouble=last.trouble,
         started=next((o.started for o in outputs if o.started is not None), None),
     )

@@ -26,10 +26,21 @@ from server.protocol import Generate, pack_tokens
 
 @dataclass(slots=True, frozen=True)
 class Prompt:
-    """Ids to continue, and their text where it is known and will be echoed."""
+    """Ids to continue, their text where it is known and will be echoed, and where messages end.
+
+    With `base`, the key of a state, the ids follow its first `before` tokens; its last `drop` ones
+    are replaced.
+    """
 
     tokens: array[int]
     text: str | None = None
+    boundaries: Sequence[int] = ()
+    base: str = ""
+    before: int = 0
+    drop: int = 0
+
+    def __len__(self) -> int:
+        return self.before + len(self.tokens)
 
 
 class Generation:
@@ -38,7 +49,7 @@ class Generation:
     def __init__(self, prompts: Sequence[Prompt], n: int, record: Record) -> None:
         self.prompts = prompts
         self.choices: list[Choice] = []
-        self.prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
+        self.prompt_tokens = sum(map(len, prompts))
         self._n = n
         self._record = record
         self._tasks: list[asyncio.Task[None]] = []
@@ -137,7 +148,7 @@ def start(
         )
     bounds = [_max_tokens(service, prompt, options) for prompt in prompts]
     _check_ids(service, options)
-    tokens = options.n * sum(len(prompt.tokens) for prompt in prompts)
+    tokens = options.n * sum(map(len, prompts))
     service.queue.admit(client, requests=count, tokens=tokens)
     service.check()  # from here on nothing waits, so submit() finds the engine alive
 
@@ -157,9 +168,13 @@ def start(
                     max_tokens=bound,
                     min_tokens=options.min_tokens,
                     stop_token_ids=stop_ids,
+                    salt=options.salt,
+                    boundaries=list(prompt.boundaries),
+                    base=prompt.base,
+                    drop=prompt.drop,
                 )
             )
-            timeline = Timeline(record.arrived, len(prompt.tokens))
+            timeline = Timeline(record.arrived, len(prompt))
             generation.choices.append(
                 Choice(index, stream, options, service, prompt.tokens, timeline)
             )
@@ -202,6 +217,7 @@ def options_of(
         stop_token_ids=tuple(body.stop_token_ids),
         include_stop=body.include_stop_str_in_output,
         skip_special_tokens=body.skip_special_tokens,
+        salt=body.cache_salt or "",
         thinking=thinking,
         sampling=Sampling(
             temperature=chosen.get("temperature", 1.0),
@@ -235,8 +251,8 @@ def _check_ids(service: Service, options: Options) -> None:
 def _max_tokens(service: Service, prompt: Prompt, options: Options) -> int:
     """How many tokens may be generated, once prompt and wish have been found to fit."""
     capacity = service.capacity
-    size, limit = len(prompt.tokens), capacity.max_model_len
-    if not size:
+    size, limit = len(prompt), capacity.max_model_len
+    if not len(prompt.tokens):
         raise RequestError("the prompt must have at least 1 token, got 0", param="prompt")
     wish = options.max_tokens
     if limit is not None and size + (wish or 1) > limit:

@@ -16,6 +16,7 @@ from prometheus_client import (
     generate_latest,
 )
 
+from server.api.cache import CacheMetrics
 from server.api.client import EngineClient
 from server.protocol import Output, Step
 
@@ -86,6 +87,7 @@ class Metrics:
         self._slots_used = gauge("state_slots_used", "state slots in use")
         self._state_bytes = gauge("state_bytes_per_sequence", "size of a state slot")
         self._kv_usage = gauge("kv_cache_usage_perc", "share of the KV blocks in use, 0 to 1")
+        self._cache = CacheMetrics(self.registry, model)
         self._device_memory = gauge("device_memory_bytes", "device memory held by the engine")
         self._device_free = gauge("device_memory_free_bytes", "device memory that nobody holds")
         self._device_total = gauge("device_memory_total_bytes", "device memory there is")
@@ -143,6 +145,8 @@ class Metrics:
         ]
         for metric, value in read:
             metric.set_function(value)
+        if client.stats.cache is not None:
+            self._cache.update(client.stats.cache)
         client.observers.append(self.step)
 
     def step(self, step: Step) -> None:
@@ -151,6 +155,8 @@ class Metrics:
             self._iteration.observe(step.stats.step_tokens)
         self._preemptions.inc(max(0, step.stats.preemptions - self._preempted))
         self._preempted = step.stats.preemptions
+        if step.stats.cache is not None:
+            self._cache.update(step.stats.cache)
 
     def output(self, timeline: Timeline, output: Output, now: float) -> None:
         """News of a generation: its slot, prompt tokens read, tokens generated."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -100,6 +101,37 @@ class Tokenizer:
             if not rendered.marked:
                 return self._encode(self._backend, rendered.text, add_special_tokens)
             return self._encode_marked(rendered, add_special_tokens)
+
+        return await self.run(work)
+
+    def boundaries(self, tokens: array[int]) -> list[int]:
+        """Where the messages of an encoded conversation end: positions after a closing token."""
+        if self.template.closing is None:
+            return []
+        ids = numpy.frombuffer(tokens, dtype=numpy.int32)
+        ends: list[int] = (numpy.flatnonzero(ids == self.template.closing) + 1).tolist()
+        return ends
+
+    async def encode_after(self, tail: array[int], text: str) -> tuple[int, array[int]]:
+        """How text goes on after tokens: how many of these become others, and all that follow.
+
+        The end of what was there is encoded again together with the text. Where it does not come
+        out as the tokens that were there, text begins with a token of its own.
+        """
+
+        def work() -> tuple[int, array[int]]:
+            for start in range(min(8, len(tail))):
+                before = tail[start:]
+                begin = self.decode(before)
+                if self._encode(self._backend, begin, False) != before:
+                    continue
+                whole = self._encode(self._backend, begin + text, False)
+                same = next(
+                    (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b),
+                    min(len(before), len(whole)),
+                )
+                return len(before) - same, whole[same:]
+            return 0, self._encode(self._backend, text, False)
 
         return await self.run(work)
 
