@@ -14,11 +14,11 @@ from tests.model.checkpoints import write
 
 def test_each_quantization_beside_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tmp_path / "tiny"
-    write(config, hidden_size=256, intermediate_size=256, max_position_embeddings=512)
+    write(config, hidden_size=128, intermediate_size=128, max_position_embeddings=256)
     (config / "model.safetensors").unlink()  # weights are drawn
     monkeypatch.setattr(result, "RESULTS", tmp_path)
-    command = f"quantization --config {config} --decode 1 3 --prefill 100 --tokens 5 --positions 7"
-    monkeypatch.setattr("sys.argv", command.split())
+    command = f"quantization --config {config} --decode 1 3 --prefill 100 --tokens 3 --positions 7"
+    monkeypatch.setattr("sys.argv", [*command.split(), "--state-memory-gb", "0.02"])
     quantization.main()
     (path,) = tmp_path.glob("quantization-tiny-*.json")
     rows = {row["work"]: row for row in json.loads(path.read_text())["rows"]}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from kernels.quantize import Quantized, quantized
@@ -18,31 +20,38 @@ from model import weights
 from model.config import ConfigError, Fields
 from model.families import build
 from model.runner import ModelRunner, load_runner
-from model.weights import QUANTIZATIONS, Parameters, fingerprint
-from tests.model.checkpoints import KINDS, LIGHTNING, SOFTMAX, write
+from model.weights import QUANTIZATIONS, Parameters, fingerprint, weight_files
+from tests.model.checkpoints import KINDS, LIGHTNING, SOFTMAX, bailing, write
 from tests.model.harness import DEVICE, Sequence, load, logits_of, prompt
 from tests.model.test_weights import NOTHING, STATUS, resident, write_shards
 
 CODES = {name: codes for name, codes in QUANTIZATIONS.items() if codes is not None}
-NAMES = (
-    "native-dense-lightning",
-    "native-hybrid",
-    "native-windowed",
-    "minimax-text-01",
-    "transnormer",
-    "ring-linear",
-)
+WRITERS = {
+    **{
+        name: KINDS[name]
+        for name in (
+            "native-dense-lightning",
+            "native-hybrid",
+            "native-windowed",
+            "minimax-text-01",
+            "transnormer",
+        )
+    },
+    # every expert counts: none is exchanged for another that is almost as good
+    "ring-linear": partial(bailing.write, num_experts_per_tok=16, topk_group=4),
+}
 KEPT = re.compile(
     r".*(norm|embed_tokens|word_embeddings|lm_head|lrpe|(block_sparse_moe|mlp)\.gate)\.\w+"
 )
-# of logits: relative error, and what a model of 64 channels with normal weights stays within
-BOUND = {"int8": 0.025, "fp8": 0.12}
+# of logits: the relative error that a model of 64 channels with normal weights stays within
+BOUND = {"int8": 0.02, "fp8": 0.12}
+SPREAD = {"transnormer": 2.5, "ring-linear": 6}  # so much further errors spread in these
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=WRITERS)
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory: Path = tmp_path_factory.mktemp(request.param)
-    KINDS[request.param](directory)
+    WRITERS[request.param](directory)
     return directory
 
 
@@ -61,6 +70,11 @@ def off(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
+def bound(path: Path, quantization: str) -> float:
+    """Of the relative error of logits."""
+    return BOUND[quantization] * next((n for k, n in SPREAD.items() if k in path.name), 1)
+
+
 def test_linear_layers_and_experts_are_quantised_and_nothing_else(path: Path) -> None:
     places = parameters_of(load(path, quantization="int8")).places
     for name, place in places.items():
@@ -68,34 +82,57 @@ def test_linear_layers_and_experts_are_quantised_and_nothing_else(path: Path) ->
     assert any(isinstance(place, Quantized) for place in places.values())
 
 
-def test_int8_is_the_model_of_what_its_codes_stand_for(path: Path, tmp_path: Path) -> None:
-    """To the last digits: a wrong scale, part or order of a matrix would show."""
-    small = load(path, quantization="int8")
+def dequantised(runner: ModelRunner, path: Path, target: Path) -> ModelRunner:
+    """The same checkpoint with the numbers that the runner's codes stand for, in full precision."""
     tensors = {
         name: place.double().float().cpu().contiguous()
-        for name, place in parameters_of(small).places.items()
+        for name, place in parameters_of(runner).places.items()
     }
-    shutil.copy(path / "config.json", tmp_path)
-    save_file(tensors, tmp_path / "model.safetensors")
-    ids = prompt(60)
-    want = logits_everywhere(load(tmp_path), ids)
-    torch.testing.assert_close(logits_everywhere(small, ids), want, atol=1e-4, rtol=1e-4)
+    shutil.copy(path / "config.json", target)
+    save_file(tensors, target / "model.safetensors")
+    return load(target)
+
+
+def test_int8_is_the_model_of_what_its_codes_stand_for(path: Path, tmp_path: Path) -> None:
+    """To the last digits: a wrong scale, part or order of a matrix would show."""
+    small, ids = load(path, quantization="int8"), prompt(40)
+    want = logits_everywhere(dequantised(small, path, tmp_path), ids)
+    assert off(logits_everywhere(small, ids), want) < 1e-4
+
+
+def test_fp8_is_the_model_of_what_its_codes_stand_for(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With rows rounded before each linear layer. They may round to another code where they differ
+    in the last digit."""
+    small, ids = load(path, quantization="fp8"), prompt(40)
+    got = logits_everywhere(small, ids)
+    whole = dequantised(small, path, tmp_path)
+    matrices = [w for w in parameters_of(whole).linear if isinstance(w, torch.Tensor)]
+    rounded, multiply = {w.untyped_storage().data_ptr() for w in matrices}, F.linear
+
+    def linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        if w.untyped_storage().data_ptr() in rounded:
+            x = quantized(x, CODES["fp8"]).double().to(x.dtype)
+        return multiply(x, w)
+
+    monkeypatch.setattr(F, "linear", linear)
+    assert off(got, logits_everywhere(whole, ids)) < 0.03
 
 
 @pytest.mark.parametrize("quantization", CODES)
 def test_logits_stay_close(path: Path, quantization: str) -> None:
-    ids = prompt(60)
+    ids = prompt(40)
     want = logits_everywhere(load(path), ids)
     got = logits_everywhere(load(path, quantization=quantization), ids)
-    error = off(got, want)
-    assert BOUND[quantization] / 20 < error < BOUND[quantization]
+    assert bound(path, quantization) / 20 < off(got, want) < bound(path, quantization)
 
 
 @pytest.mark.parametrize("quantization", CODES)
 def test_chunks_company_and_used_slots_change_nothing(path: Path, quantization: str) -> None:
     """fp8 rounds activations: what differs in the last digit may round to another code."""
     runner = load(path, quantization=quantization)
-    bound = 1e-4 if quantization == "int8" else 0.02
+    limit = 1e-4 if quantization == "int8" else 0.03
     texts = [prompt(n, seed=n) for n in (31, 1, 90)]
     alone = [logits_of(runner, [Sequence(runner, text, 5).chunk(len(text))])[0] for text in texts]
     runner.store.slots.poison()
@@ -103,7 +140,7 @@ def test_chunks_company_and_used_slots_change_nothing(path: Path, quantization: 
     for i, head in ((0, 30), (2, 41)):
         logits_of(runner, [sequences[i].chunk(head)])
     together = logits_of(runner, [s.chunk(len(s.ids) - s.done) for s in sequences])
-    assert off(together, torch.stack(alone)) < bound
+    assert off(together, torch.stack(alone)) < limit
 
 
 @pytest.mark.parametrize("quantization", CODES)
@@ -164,11 +201,12 @@ def test_drawn_weights_are_the_same_however_they_are_kept(tmp_path: Path) -> Non
 def test_a_checkpoint_has_a_name_for_each_quantization(path: Path) -> None:
     """So that the states of one are never restored into another."""
     assert len({fingerprint(path, name) for name in QUANTIZATIONS}) == 3
-    assert load(path, quantization="int8").capacity.fingerprint == fingerprint(path, "int8")
+    names = {load(path, quantization=name).capacity.fingerprint for name in QUANTIZATIONS}
+    assert len(names) == 3
 
 
 def test_weights_that_are_not_finite_are_not_hidden(path: Path, tmp_path: Path) -> None:
-    tensors = load_file(path / "model.safetensors")
+    tensors = {name: t for file in weight_files(path) for name, t in load_file(file).items()}
     name = next(name for name, tensor in tensors.items() if not KEPT.fullmatch(name))
     tensors[name][3, 5] = torch.nan
     shutil.copy(path / "config.json", tmp_path)
@@ -200,9 +238,9 @@ def test_in_bfloat16_with_graphs(path: Path, quantization: str) -> None:
     whole, small = (
         load_runner(path, quantization=name, **options) for name in ("none", quantization)
     )
-    ids = prompt(60)
+    ids = prompt(40)
     error = off(logits_everywhere(small, ids), logits_everywhere(whole, ids))
-    assert BOUND[quantization] / 20 < error < 1.5 * BOUND[quantization]
+    assert error < 1.5 * bound(path, quantization)
     again = Sequence(small, ids, 4)
     for _ in ids[1:]:
         small.step([again.chunk(1)])
