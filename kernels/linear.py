@@ -15,7 +15,8 @@ from kernels.quantize import Quantized, Weight, quantized
 from kernels.tuning import card
 
 ROWS = 512  # from so many on, products and not weights are what a GPU's time goes to
-SLICE = 1 << 25  # weights that are bfloat16 at a time
+SLICE = 1 << 25  # weights that are bfloat16 at a time, about
+ALIGNED = 256  # outputs, so that each slice of them begins where products like it
 
 
 def linear_reference(x: torch.Tensor, w: Weight) -> torch.Tensor:
@@ -41,7 +42,7 @@ def _sliced(x: torch.Tensor, w: Quantized) -> torch.Tensor:
     """PyTorch's product with weights that are made bfloat16 again, some outputs at a time."""
     N, K = w.shape
     y = torch.empty(len(x), N, dtype=x.dtype, device=x.device)
-    step = max(SLICE // K, 1)
+    step = max(SLICE // K // ALIGNED, 1) * ALIGNED
     for n in range(0, N, step):
         part = w[n : n + step]
         weights = torch.empty(part.shape, dtype=x.dtype, device=x.device)

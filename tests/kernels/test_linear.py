@@ -48,6 +48,6 @@ def test_some_outputs_at_a_time(dtype, monkeypatch):
     """What many rows of int8 take on a GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.randn(40, 48, device=device).to(dtype)
-    w = quantized(torch.randn(100, 48, device=device), torch.int8)
-    monkeypatch.setattr(module, "SLICE", 48 * 7)
+    w = quantized(torch.randn(700, 48, device=device), torch.int8)
+    monkeypatch.setattr(module, "SLICE", 48 * 300)
     assert error(module._sliced(x, w), linear_reference(x, w)) <= BOUND[dtype]
