@@ -66,7 +66,8 @@ def logits_of(runner: ModelRunner, positions: int) -> torch.Tensor:
             for slot in range(min(runner.capacity.slots, positions - first))
         ]
         runner.sequences.keep(chunks)
-        parts.append(runner.model.forward(Batch.pack(chunks, runner.sequences), runner.store).cpu())
+        logits = runner.model.forward(Batch.pack(chunks, runner.sequences), runner.store)
+        parts.append(logits[:, : runner.model.drawable].cpu())
     return torch.cat(parts)
 
 
