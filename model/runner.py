@@ -29,6 +29,7 @@ CPU_STATE_BYTES = 4_000_000_000
 CAPTURED = 512  # sequences of the largest step that is a CUDA graph
 RING = 16  # tokens beside a state on CUDA: a step then writes a sixteenth of it
 GB = 1_000_000_000
+FP8 = (8, 9)  # compute capability from which on a card multiplies fp8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -231,6 +232,7 @@ def load_runner(
     state_memory_gb: float | None = None,
     max_model_len: int | None = None,
     max_step_tokens: int | None = None,
+    quantization: str = "none",
     state_dtype: str = "float32",
     ring: int | None = None,
     decay_layer_factor: str = "auto",
@@ -239,13 +241,15 @@ def load_runner(
     """Load the checkpoint in `path` and make it ready to serve.
 
     With a seed its weights are not read but drawn: config.json is all that has to be there.
-    state_dtype and ring are of the lightning layers' memory: see model.lightning.Memory. Without a
-    word on the ring, decoding keeps RING tokens on CUDA and none elsewhere. decay_layer_factor
-    stands in for the field of that name in config.json: see docs/decay.md.
+    quantization is of the weights of linear layers: see model.weights.QUANTIZATIONS. state_dtype
+    and ring are of the lightning layers' memory: see model.lightning.Memory. Without a word on the
+    ring, decoding keeps RING tokens on CUDA and none elsewhere. decay_layer_factor stands in for
+    the field of that name in config.json: see docs/decay.md.
     Raises ConfigError or WeightsError naming what is wrong with the checkpoint or the bounds.
     """
     seconds: dict[str, float] = {}
     where = _device(device)
+    _check(quantization, where)
     kind = DTYPES.get(dtype, torch.bfloat16 if where.type == "cuda" else torch.float32)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -258,14 +262,14 @@ def load_runner(
         fields = Fields.read(path)
         if decay_layer_factor != "auto":
             fields = fields.but(decay_layer_factor=decay_layer_factor)
-        parameters = Parameters(where, kind)
+        parameters = Parameters(where, kind, quantization)
         model = build(fields, parameters)
         if seed is None:
             parameters.fill(path, ignore=model.ignored)
-            name = fingerprint(path, decay_layer_factor)
+            name = fingerprint(path, decay_layer_factor, quantization)
         else:
             parameters.randomize(seed)
-            name = f"random-{seed}"
+            name = f"random-{seed}-{quantization}"
 
     with _phase(seconds, "memory"):
         slot_fields = model.slot_fields(Memory(DTYPES[state_dtype], ring, kind))
@@ -354,6 +358,18 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda' and no CUDA device is there")
     return torch.device("cuda:0") if name == "cuda" else torch.device(name)
+
+
+def _check(quantization: str, device: torch.device) -> None:
+    """ConfigError where the device has no products of what the weights are quantised to."""
+    if quantization == "fp8" and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < FP8:
+            name = torch.cuda.get_device_name(device)
+            raise ConfigError(
+                "quantization is 'fp8', and {} (sm_{}{}) has no products of fp8, which begin with "
+                "sm_{}{}; 'int8' it has".format(name, *capability, *FP8)
+            )
 
 
 def _cuda_budget(

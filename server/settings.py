@@ -64,6 +64,11 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of weights and activations; auto: bfloat16 on CUDA, float32 on the CPU"
     )
+    quantization: Literal["none", "int8", "fp8"] = Field(
+        "none",
+        description="of experts and linear layers, as they load; docs/quantization.md says what it "
+        "costs and saves",
+    )
     state_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the states; docs/state-dtype.md says which models bfloat16 suits"
     )
