@@ -35,6 +35,7 @@ from kernels.packing import Packing
 from kernels.tuning import DecodeTuning, KeysTuning, PrefillTuning, RingTuning, RowsTuning, Tiles
 
 T = TypeVar("T")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SLOPES = (0.9, 0.03, 4.05e-8, 0.0)
 UGLY = (1, 63, 64, 100, 257, 781, 3000)
 LONG = 65_536
@@ -53,10 +54,10 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def packing(lengths: tuple[int, ...], starts: int) -> Packing:
     """Sequences in the slots of their order."""
-    rows = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cuda")
+    rows = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=DEVICE)
     N = len(lengths)
-    slots = torch.arange(N, dtype=torch.int32, device="cuda")
-    return Packing(lengths, rows, slots, torch.full((N,), starts, device="cuda"))
+    slots = torch.arange(N, dtype=torch.int32, device=DEVICE)
+    return Packing(lengths, rows, slots, torch.full((N,), starts, device=DEVICE))
 
 
 def best(
@@ -92,9 +93,9 @@ class Prefilling:
 
     def __init__(self, dtype: torch.dtype, dk: int, dv: int) -> None:
         self.dtype, self.dk, self.dv = dtype, dk, dv
-        self.slopes = torch.tensor(SLOPES, device="cuda")
+        self.slopes = torch.tensor(SLOPES, device=DEVICE)
         self.ugly = self.inputs(sum(UGLY), len(SLOPES))
-        self.initial = torch.randn(len(UGLY), len(SLOPES), dk, dv, device="cuda")
+        self.initial = torch.randn(len(UGLY), len(SLOPES), dk, dv, device=DEVICE)
         parts = [x.split(UGLY) for x in self.ugly]
         sure = [
             lightning_reference(q, k, v, self.slopes, 0.3, S)
@@ -102,13 +103,13 @@ class Prefilling:
         ]
         self.expected = torch.cat([o for o, _ in sure]), torch.stack([S for _, S in sure])
         self.long = self.inputs(LONG, 16)
-        self.long_slopes = torch.logspace(-5, -0.1, 16, device="cuda")
+        self.long_slopes = torch.logspace(-5, -0.1, 16, device=DEVICE)
         self.o = torch.empty_like(self.long[2])
-        self.state = torch.randn(1, 16, dk, dv, device="cuda")
+        self.state = torch.randn(1, 16, dk, dv, device=DEVICE)
 
     def inputs(self, rows: int, H: int) -> list[torch.Tensor]:
         widths = self.dk, self.dk, self.dv
-        return [torch.randn(rows, H, d, device="cuda").to(self.dtype) for d in widths]
+        return [torch.randn(rows, H, d, device=DEVICE).to(self.dtype) for d in widths]
 
     def check(self, candidate: PrefillTuning) -> float:
         """Greatest error of outputs and states; the longest of the sequences is cut."""
@@ -156,16 +157,16 @@ class Decoding:
     """B sequences of 16 heads of 128 x 128 in so many layers that no state stays in the cache."""
 
     def __init__(self, B: int, H: int, dtype: torch.dtype, layers: int) -> None:
-        self.slopes = torch.logspace(-5, -0.1, H, device="cuda")
-        self.states = [torch.randn(B, H, 128, 128, device="cuda").to(dtype) for _ in range(layers)]
+        self.slopes = torch.logspace(-5, -0.1, H, device=DEVICE)
+        self.states = [torch.randn(B, H, 128, 128, device=DEVICE).to(dtype) for _ in range(layers)]
         self.rings = [
-            torch.randn(B, H, R, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)
+            torch.randn(B, H, R, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)
         ]
-        self.folded = torch.zeros(B, H, 2, dtype=torch.int64, device="cuda")
-        self.slots = torch.randperm(B, device="cuda").int()
-        self.starts = torch.full((B,), 7, device="cuda")
+        self.folded = torch.zeros(B, H, 2, dtype=torch.int64, device=DEVICE)
+        self.slots = torch.randperm(B, device=DEVICE).int()
+        self.starts = torch.full((B,), 7, device=DEVICE)
         self.inputs = [
-            torch.randn(B, H, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3)
+            torch.randn(B, H, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(3)
         ]
         self.o = torch.empty_like(self.inputs[0])
 
@@ -326,7 +327,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     table = json.loads(tuning.TABLE.read_text())
-    mine = table.setdefault("sm_{}{}".format(*tuning.card(torch.device("cuda"))), {})
+    mine = table.setdefault("sm_{}{}".format(*tuning.card(DEVICE)), {})
     with torch.inference_mode():
         for name in options.only:
             mine.setdefault(name, {}).update(TUNERS[name](options.classes))
