@@ -125,7 +125,9 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     options = parser.parse_args()
     threads = len(os.sched_getaffinity(0))
-    settings = Settings(model=options.model, device=options.device, threads=threads)
+    settings = Settings(
+        model=options.model, device=options.device, threads=threads, prefix_caching=False
+    )
     ours = asyncio.run(engine(settings, options.new_tokens))
     theirs = transformers_generate(settings, options.new_tokens)
     rows = []

@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1_000_000)
     options = parser.parse_args()
     os.environ.update(MALLOC_MMAP_THRESHOLD_="131072", MALLOC_TRIM_THRESHOLD_="131072")
-    settings = Settings(model=options.model, device=options.device)
+    settings = Settings(model=options.model, device=options.device, prefix_caching=False)
     write("memory", asyncio.run(measure(settings, options.tokens)))
 
 
