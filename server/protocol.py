@@ -18,7 +18,8 @@ class Generate(msgspec.Struct, tag=True, kw_only=True):
 
     Generation ends with reason "stop" when an id of stop_token_ids is drawn (not before
     min_tokens, until when these ids are suppressed), with "length" at max_tokens or at the
-    model's maximum length.
+    model's maximum length. With `more`, the rest of the prompt follows in Extends, and no token is
+    drawn until the last of these; the prompt is `expected` to have about so many tokens in all.
     """
 
     id: str
@@ -27,6 +28,16 @@ class Generate(msgspec.Struct, tag=True, kw_only=True):
     max_tokens: int
     min_tokens: int = 0
     stop_token_ids: list[int] = []
+    more: bool = False
+    expected: int = 0
+
+
+class Extend(msgspec.Struct, tag=True):
+    """The next tokens of a prompt, perhaps none; the last ones unless there is `more`."""
+
+    id: str
+    tokens: bytes
+    more: bool
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -95,7 +106,7 @@ class Ready(msgspec.Struct, tag=True, kw_only=True):
     seconds: dict[str, float]
 
 
-ToEngine = Generate | Abort
+ToEngine = Generate | Extend | Abort
 FromEngine = Ready | Step
 
 

@@ -22,7 +22,17 @@ import zmq.asyncio
 from model.chunk import Capacity
 from server.engine.line import address
 from server.errors import EngineDeadError
-from server.protocol import Abort, FromEngine, Generate, Output, Ready, Stats, Step, ToEngine
+from server.protocol import (
+    Abort,
+    Extend,
+    FromEngine,
+    Generate,
+    Output,
+    Ready,
+    Stats,
+    Step,
+    ToEngine,
+)
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -40,6 +50,7 @@ class EngineStream:
         self.ended = False  # whether the engine has said its last word
         self.closed = False
         self._client = client
+        self._sent = prompt_tokens
         self._outputs: deque[Output] = deque()
         self._news = asyncio.Event()
 
@@ -48,6 +59,12 @@ class EngineStream:
         self.ended |= output.finish is not None
         self._outputs.append(output)
         self._news.set()
+
+    def extend(self, tokens: bytes, *, more: bool) -> None:
+        """Send more of a prompt that was submitted with `more`."""
+        self._sent += len(tokens) // 4
+        counted = max(self.prompt_tokens, self._sent) if more else self._sent
+        self._client.extend(self, Extend(self.id, tokens, more), counted)
 
     def wake(self) -> None:
         """Let the consumer see that the engine is gone."""
@@ -174,11 +191,21 @@ class EngineClient:
         if generate.id in self._streams:
             raise ValueError(f"request {generate.id!r} is under way")
         stream = EngineStream(self, generate.id, len(generate.tokens) // 4)
+        stream.prompt_tokens = max(stream.prompt_tokens, generate.expected)
         self._streams[stream.id] = stream
         self.waiting_requests += 1
         self.waiting_tokens += stream.prompt_tokens
         self._send(generate)
         return stream
+
+    def extend(self, stream: EngineStream, message: Extend, prompt_tokens: int) -> None:
+        """Send more of a prompt, which now counts as so many tokens."""
+        if self._streams.get(stream.id) is not stream or stream.closed:
+            return
+        if not stream.started:
+            self.waiting_tokens += prompt_tokens - stream.prompt_tokens
+        stream.prompt_tokens = prompt_tokens
+        self._send(message)
 
     def forget(self, stream: EngineStream) -> None:
         """Abort a closed stream's request, unless it has ended."""

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from server.api.choice import Piece, TokenChoice
 from server.api.detokenizer import UNFINISHED
 from server.api.disconnect import unless_disconnected
-from server.api.generate import Generation, Prompt, check_tokens, options_of, start
+from server.api.generate import Generation, Prompt, begun, check_tokens, options_of, start
 from server.api.logs import Record
 from server.api.schemas import CompletionBody
 from server.api.service import Service, TheService
@@ -58,13 +58,14 @@ async def _begin(service: Service, body: CompletionBody, record: Record) -> Gene
         )
     prompts = [await _prompt(service, body, prompt) for prompt in body.prompt]
     options = options_of(body, service, max_tokens=body.max_tokens, logprobs=body.logprobs)
-    return start(service, prompts, options, record)
+    return await start(service, prompts, options, record)
 
 
 async def _prompt(service: Service, body: CompletionBody, prompt: str | list[int]) -> Prompt:
     if isinstance(prompt, str):
-        tokens = await service.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens)
-        return Prompt(tokens, prompt)
+        special = body.add_special_tokens
+        pieces = service.tokenizer.pieces(prompt, add_special_tokens=special)
+        return await begun(service, pieces, prompt)
     tokens = await service.off_loop(len(prompt), partial(_checked, service, prompt))
     text = await service.tokenizer.decode_long(prompt) if body.echo else None
     return Prompt(tokens, text)

@@ -16,7 +16,16 @@ import msgspec
 
 from model.chunk import OutOfDeviceMemory, Runner
 from server.engine.scheduler import Scheduler, Work
-from server.protocol import Abort, FromEngine, Generate, Output, Ready, Stats, Step, ToEngine
+from server.protocol import (
+    Abort,
+    Extend,
+    FromEngine,
+    Output,
+    Ready,
+    Stats,
+    Step,
+    ToEngine,
+)
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +72,7 @@ class Loop:
         self.scheduler = Scheduler(runner.capacity, max_step_tokens=runner.max_step_tokens)
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._memory = (0, 0, 0)  # held, free, in all
+        self._stuck = False  # the last turn found nothing to compute: more of a prompt is to come
         self._measured = -MEMORY_SECONDS
 
     def run(self, wanted: Callable[[], bool]) -> None:
@@ -77,11 +87,13 @@ class Loop:
     def turn(self, idle_seconds: float = 0.0) -> None:
         """Read the inbox, waiting only when idle; compute one step; publish what it brought."""
         outputs: list[Output] = []
-        for data in self.line.receive(idle_seconds if self.scheduler.idle else 0.0):
+        idle = self.scheduler.idle or self._stuck
+        for data in self.line.receive(idle_seconds if idle else 0.0):
             outputs += self._read(data)
         work = self.scheduler.schedule(self.clock())
         if work.copies:
             self.runner.copy(work.copies)
+        self._stuck = not work.chunks
         if work.chunks:
             outputs += self._compute(work)
         if outputs:
@@ -113,11 +125,13 @@ class Loop:
     def _read(self, data: bytes) -> list[Output]:
         """Carry out one message. One that cannot be is logged, and answered if it names an id."""
         try:
-            message: Generate | Abort = self._decoder.decode(data)
+            message: ToEngine = self._decoder.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             return self._refuse(_id_of(data), error)
         if isinstance(message, Abort):
             return self.scheduler.abort(message.ids)
+        if isinstance(message, Extend):
+            return self.scheduler.extend(message)
         if message.id in self.scheduler:
             return self._refuse(message.id, ValueError(f"id: {message.id!r} is under way"))
         try:

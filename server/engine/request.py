@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy
 
 from model.chunk import Sampling
-from server.protocol import Generate, unpack_tokens
+from server.protocol import Extend, Generate, unpack_tokens
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -16,6 +16,7 @@ class Request:
     """Two integers, no phases: `computed` chases len(tokens).
 
     When it has caught up a token is drawn and appended, until a stop id or `length_limit` tokens.
+    While `more` of its prompt is to come, the last token that is known waits to be computed.
     """
 
     id: str
@@ -25,6 +26,9 @@ class Request:
     sampling: Sampling
     min_tokens: int = 0
     stop_ids: tuple[int, ...] = ()
+    max_tokens: int = 0
+    more: bool = False
+    expected: int = 0  # tokens of its prompt, about
 
     computed: int = 0
     slot: int | None = None
@@ -36,8 +40,8 @@ class Request:
 
     @property
     def remaining(self) -> int:
-        """Tokens known and not yet computed."""
-        return len(self.tokens) - self.computed
+        """Tokens that can be computed."""
+        return len(self.tokens) - self.computed - self.more
 
     @property
     def generated(self) -> int:
@@ -81,7 +85,7 @@ def accept(message: Generate, *, max_length: int | None, vocab_size: int) -> Req
     ):
         if named:
             _check_ids(name, min(named), max(named), vocab_size)
-    limit = length + message.max_tokens
+    limit = max(length, message.expected) + message.max_tokens
     return Request(
         id=message.id,
         tokens=unpack_tokens(message.tokens),
@@ -90,7 +94,30 @@ def accept(message: Generate, *, max_length: int | None, vocab_size: int) -> Req
         sampling=message.sampling,
         min_tokens=message.min_tokens,
         stop_ids=tuple(message.stop_token_ids),
+        max_tokens=message.max_tokens,
+        more=message.more,
+        expected=message.expected,
     )
+
+
+def extend(request: Request, message: Extend, *, max_length: int | None, vocab_size: int) -> None:
+    """More of a request's prompt; ValueError names what is impossible in it."""
+    if not request.more:
+        raise ValueError("tokens: the prompt is complete")
+    if len(message.tokens) % 4:
+        raise ValueError(f"tokens: {len(message.tokens)} bytes are no int32 ids")
+    length = request.prompt_length + len(message.tokens) // 4
+    if max_length is not None and length >= max_length:
+        raise ValueError(f"tokens: a prompt of {length} leaves no room in {max_length} tokens")
+    if message.tokens:
+        ids = numpy.frombuffer(message.tokens, dtype="<i4")
+        _check_ids("tokens", int(ids.min()), int(ids.max()), vocab_size)
+    request.tokens.frombytes(message.tokens)
+    request.prompt_length = length
+    request.more = message.more
+    request.expected = max(request.expected, length) if message.more else length
+    limit = request.expected + request.max_tokens
+    request.length_limit = limit if max_length is None else min(limit, max_length)
 
 
 def _check_ids(name: str, least: int, greatest: int, vocab_size: int) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from model.chunk import Capacity, Chunk, Copy, Sampled
-from server.engine.request import Request, accept
+from server.engine.request import Request, accept, extend
 from server.engine.slots import Holdings, saved
-from server.protocol import Generate, Output, Stats, TokenLogprob, pack_tokens
+from server.protocol import Extend, Generate, Output, Stats, TokenLogprob, pack_tokens
 
 
 @dataclass(slots=True)
@@ -66,6 +66,18 @@ class Scheduler:
             message, max_length=self.max_length, vocab_size=self.vocab_size
         )
 
+    def extend(self, message: Extend) -> list[Output]:
+        """More of a prompt. One that has ended meanwhile needs no more."""
+        id = message.id
+        request = self.running.get(id) or self.waiting.get(id) or self.swapped.get(id)
+        if request is None:
+            return []
+        try:
+            extend(request, message, max_length=self.max_length, vocab_size=self.vocab_size)
+        except ValueError as error:
+            return [self._fail(request, str(error))]
+        return []
+
     def abort(self, ids: Iterable[str]) -> list[Output]:
         """End these requests wherever they are; all that they hold is free at once."""
         outputs = []
@@ -78,7 +90,7 @@ class Scheduler:
         return outputs
 
     def schedule(self, now: float) -> Work:
-        """Admit who fits and pack the next step. Empty work: nothing is left to do."""
+        """Admit who fits and pack the next step. Empty work: there is nothing to do now."""
         admitted = self._admit(now)
         packed = self._pack()
         requests = [self.running[id] for id in packed]

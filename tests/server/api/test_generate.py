@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from array import array
 from pathlib import Path
@@ -89,7 +90,9 @@ def test_the_memory_that_bounds_a_prompt_is_named(limit: int, named: bool) -> No
     service: Any = SimpleNamespace(capacity=capacity, settings=settings, client=None)
     options = Options(max_tokens=30, sampling=Sampling())
     with pytest.raises(ContextLengthError, match=f"{limit} tokens") as caught:
-        start(service, [Prompt(array("i", range(100)))], options, Record("a", "POST", "/"))
+        asyncio.run(
+            start(service, [Prompt(array("i", range(100)))], options, Record("a", "POST", "/"))
+        )
     assert ("2 KV blocks of 64 positions" in caught.value.message) == named
     assert ("--state-memory-gb" in caught.value.message) == named
 

@@ -6,9 +6,11 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from model.chunk import Capacity, Sampling
 from server.engine.scheduler import Scheduler, Work
-from server.protocol import Generate, Output, pack_tokens, unpack_tokens
+from server.protocol import Extend, Generate, Output, pack_tokens, unpack_tokens
 from tests.server.fake_engine import FakeRunner, next_token
 
 VOCAB = 97
@@ -58,11 +60,31 @@ class Bench:
         self.runner = FakeRunner(capacity=capacity(**fields), max_step_tokens=max_step_tokens)
         self.scheduler = Scheduler(self.runner.capacity, max_step_tokens=max_step_tokens)
         self.outputs: dict[str, list[Output]] = {}
+        self.rest: dict[str, bytes] = {}  # of prompts that are known in part
         self.now = 0
 
     def add(self, *messages: Generate) -> None:
         for message in messages:
             self.scheduler.add(message)
+
+    def begin(self, message: Generate, known: int) -> None:
+        """Add a request of whose prompt only so much is known."""
+        self.rest[message.id] = message.tokens[4 * known :]
+        size = len(message.tokens) // 4
+        self.add(
+            msgspec.structs.replace(
+                message, tokens=message.tokens[: 4 * known], more=True, expected=size
+            )
+        )
+
+    def extend(self, id: str, count: int, *, more: bool = True) -> None:
+        """So much more of a prompt, or all of the rest."""
+        rest = self.rest[id]
+        piece = rest[: 4 * count] if more else rest
+        self.rest[id] = rest[len(piece) :]
+        if not more:
+            del self.rest[id]
+        self.gather(self.scheduler.extend(Extend(id, piece, more)))
 
     def abort(self, *ids: str) -> None:
         self.gather(self.scheduler.abort(ids))
@@ -75,7 +97,7 @@ class Bench:
         if work.chunks:
             self.gather(self.scheduler.complete(work, self.runner.step(work.chunks)))
         else:
-            assert self.scheduler.idle, "there is work and none is done"
+            assert self.scheduler.idle or self.rest, "there is work and none is done"
         self.scheduler.check_integrity()
         return work
 
