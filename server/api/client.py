@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -37,6 +38,7 @@ from server.settings import Settings
 
 log = logging.getLogger(__name__)
 
+BURST = 16  # messages taken in a row
 TERM_SECONDS = 5.0  # how long the engine may take to obey SIGTERM
 
 
@@ -268,7 +270,7 @@ class EngineClient:
     async def _receive(self) -> None:
         decoder = msgspec.msgpack.Decoder(FromEngine)
         try:
-            while True:
+            for number in itertools.count(1):
                 message: Ready | Step = decoder.decode(await self._inbox.recv())
                 if isinstance(message, Ready):
                     self._capacity, self.seconds = message.capacity, message.seconds
@@ -277,7 +279,10 @@ class EngineClient:
                     self._changed.set()
                 else:
                     self._deliver(message)
-                await asyncio.sleep(0)  # recv() does not yield while messages are queued
+                # recv() does not yield while messages are queued: what has piled up is delivered
+                # together, and a stream that lags behind gets one Output of it
+                if number % BURST == 0:
+                    await asyncio.sleep(0)
         except Exception:
             log.exception("the engine cannot be understood: killing it")
             with contextlib.suppress(ProcessLookupError):
