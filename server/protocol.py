@@ -1,4 +1,4 @@
-"""Every message that passes between the API process and the engine process, as msgspec structs.
+"""Every message that passes between API processes and the engine process, as msgspec structs.
 
 Token ids travel as raw little-endian int32 bytes. Times are time.monotonic(), which the processes
 of one host share. Encoded with msgpack over ZeroMQ ipc sockets; nothing is ever pickled.
@@ -108,6 +108,13 @@ class Ready(msgspec.Struct, tag=True, kw_only=True):
 
 ToEngine = Generate | Extend | Abort
 FromEngine = Ready | Step
+
+
+def worker_of(id: str, workers: int) -> int:
+    """The API process that a request is from: its number stands before a dot."""
+    number, dot, _ = id.partition(".")
+    known = dot and number.isdecimal() and int(number) < workers
+    return int(number) if known else 0
 
 
 def pack_tokens(ids: list[int] | array[int]) -> bytes:

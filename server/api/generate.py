@@ -179,11 +179,12 @@ async def start(
         _check_length(service, prompt, options)
     _check_ids(service, options)
     tokens = options.n * sum(prompt.expected for prompt in prompts)
-    service.queue.admit(service.client, requests=count, tokens=tokens)
-    service.check()  # nothing waits before the first submit(), which so finds the engine alive
-
-    submitted = time.monotonic()
-    streams = _submit(service, prompts, options)
+    client = service.client
+    with client.admitting():
+        service.queue.admit(client, requests=count, tokens=tokens)
+        service.check()  # nothing waits from here to submit(), which so finds the engine alive
+        submitted = time.monotonic()
+        streams = _submit(service, prompts, options)
     try:
         for number, prompt in enumerate(prompts):
             copies = streams[number * options.n : (number + 1) * options.n]
@@ -208,7 +209,7 @@ async def start(
 
 def _submit(service: Service, prompts: Sequence[Prompt], options: Options) -> list[EngineStream]:
     eos_ids = () if options.ignore_eos else service.eos_ids
-    base = secrets.token_hex(12)
+    base = service.client.new_id()
     streams: list[EngineStream] = []
     for prompt in prompts:
         packed = pack_tokens(prompt.tokens)

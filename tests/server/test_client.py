@@ -314,7 +314,7 @@ def test_a_client_that_cannot_be_made_leaves_no_directory(
 
 
 def test_an_engine_that_hears_no_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("server.api.client.TERM_SECONDS", 0.2)
+    monkeypatch.setattr("server.api.launch.TERM_SECONDS", 0.2)
 
     async def test() -> None:
         deaf = "import signal, sys; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True);"
