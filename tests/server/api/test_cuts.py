@@ -31,7 +31,9 @@ from server.api.cuts import GPT2, Cuts
 from server.api.encoder import Encoder, encode
 from server.api.pattern import NotUnderstoodError, Pattern
 from server.api.tokenizer import Tokenizer as OurTokenizer
+from server.sentencepiece import SentencePieceModel, backend_of
 from tests.server.api.live import ROOT
+from tests.server.pieces import train
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -191,6 +193,7 @@ FAMILIES: dict[str, Callable[[], Tokenizer]] = {
     ),
     "llama2": lambda: llama2(prepend=True),
     "llama2, nothing before": lambda: llama2(prepend=False),
+    "baichuan": lambda: backend_of(SentencePieceModel.parse(train())),
     "whitespace": lambda: trained(pre_tokenizers.WhitespaceSplit(), byte_level=False),
     "not understood": lambda: trained(
         levels(split(r"\b\w+\b|\W+")), normalizers.Sequence([normalizers.StripAccents()])
@@ -259,7 +262,7 @@ LONG: dict[str, str] = {
 }
 
 
-@pytest.mark.parametrize("name", ["recall", "gpt2", "llama3", "composed", "metaspace", "llama2"])
+@pytest.mark.parametrize("name", ["recall", "gpt2", "llama3", "composed", "metaspace", "baichuan"])
 @pytest.mark.parametrize("kind", LONG)
 def test_long_monotonous_texts(name: str, kind: str) -> None:
     encoder, text = family(name), LONG[kind]
