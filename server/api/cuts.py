@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Any, Literal, get_args
 
 from server.api.detokenizer import _byte_alphabet
@@ -23,9 +23,8 @@ from server.api.pattern import NotUnderstoodError, Pattern, category
 GPT2 = (  # what ByteLevel splits by
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 )
-SHRINKS = (
-    3  # times that composing makes UTF-8 shorter at most: three letters of one Hangul syllable
-)
+SHRINKS = 3  # times that composing makes UTF-8 shorter at most, as three jamo to a syllable
+PAIRS = 65_536  # of characters that are remembered
 NEAR = 4096  # characters in which any two are looked at
 TRIES = 64  # points before spaces, and before newlines, that are looked at before that
 COMPOSING = ("\u1100", "\u11ff")  # letters that are put together: Hangul jamo
@@ -55,7 +54,7 @@ class Cuts:
         self._stages: list[Stage] = []
         self._byte_level = False
         self._model: Mapping[str, Any] = spec["model"]
-        self._known: dict[str, bool] = {}
+        self._splits = lru_cache(PAIRS)(self._split)
         tokens = spec["added_tokens"]
         self._strips = any(token["lstrip"] or token["rstrip"] for token in tokens)
         self._reach = max((len(token["content"]) for token in tokens), default=0)
@@ -101,12 +100,10 @@ class Cuts:
         """Whether text[:point] and text[point:] have the ids of the text."""
         if not 0 < point < len(text):
             return False
-        pair = text[point - 1 : point + 1]
-        known = self._known.get(pair)
-        if known is None:
-            known = self._known[pair] = self.possible and self._splits(*pair)
+        if not self.possible or not self._splits(text[point - 1], text[point]):
+            return False
         around = text[max(0, point - self._reach) : point + self._reach]
-        return known and self._added.search(around) is None
+        return self._added.search(around) is None
 
     def first_added(self, text: str) -> int:
         """Where the first added token begins; the text's length if there is none."""
@@ -131,7 +128,7 @@ class Cuts:
         longest = max(longest, self._longest_added)
         return longest * (SHRINKS if self._form else 1)
 
-    def _splits(self, a: str, b: str) -> bool:
+    def _split(self, a: str, b: str) -> bool:
         if (self._only_before_space and b != " ") or (self._strips and a.isspace()):
             return False
         if self._form is not None and not (self._apart(a) and self._apart(b)):
