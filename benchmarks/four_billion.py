@@ -38,6 +38,9 @@ H, D = 16, 128
 SLOPES = (0.0, *(0.9 * (4e-8 / 0.9) ** (i / (H - 2)) for i in range(H - 1)))
 FELT = 20.0
 BOUND = 5e-3  # of bfloat16 keys and values that the kernel decays in bfloat16
+BOUND_SUM = (
+    1e-4  # of the plain sum: within a piece the matrix units cut off what float32 cannot hold
+)
 BLOCK = 1024
 
 
@@ -171,7 +174,7 @@ def main() -> None:
     assert held[0] == held[-1], f"memory grew from {held[0]} to {held[-1]} bytes"
     errors = drift(stream, tokens)
     worst = max(errors[1:])
-    assert worst <= BOUND and errors[0] <= 1e-5, errors
+    assert worst <= BOUND and errors[0] <= BOUND_SUM, errors
     rate = (tokens - PIECE) / taken
     floor = 4 * H * D * 2 + 4 * H * D  # q, k, v, o once, and k, v once more to make them
     name = f"{tokens:,} tokens"

@@ -1,11 +1,11 @@
-"""Finds tile sizes of the lightning kernels for the card at hand, and writes kernels/tuning.json.
+"""Finds tile sizes of the kernels for the card at hand, and writes kernels/tuning.json.
 
-    python -m benchmarks.tune [--only prefill decode ring] [--classes 2x128 ...] [--dry-run]
+    python -m benchmarks.tune [--only attend_one ...] [--classes 2x128 ...] [--dry-run]
 
-For every shape class each candidate is compiled, held against the float64 recurrence at ugly
-lengths, cut and uncut, and only then timed; what is wrong, or does not fit the card,
-cannot win. The prefill kernel of 16-bit inputs with keys of 128 on Hopper
-(lightning_prefill_hopper) has fixed tiles: there the first pass alone is tuned.
+For every shape class each candidate is compiled, held against float64 at ugly lengths, cut and
+uncut, and only then timed; what is wrong, or does not fit the card, cannot win. On Hopper the
+kernels of lightning_prefill_hopper and paged_prefill_hopper have fixed tiles: of the former's class
+the first pass alone is tuned, and what is found for the latter's serves other sizes of pages.
 """
 
 from __future__ import annotations
@@ -20,11 +20,19 @@ from typing import Any, TypeVar
 
 import torch
 
+from benchmarks.pages import Paged
 from benchmarks.timing import milliseconds
-from kernels import lightning_decode, lightning_prefill, lightning_ring, tuning
+from kernels import (
+    lightning_decode,
+    lightning_prefill,
+    lightning_ring,
+    paged_decode,
+    paged_prefill,
+    tuning,
+)
 from kernels.lightning_reference import lightning_reference
 from kernels.packing import Packing
-from kernels.tuning import DecodeTuning, PrefillTuning, RingTuning, Tiles
+from kernels.tuning import DecodeTuning, KeysTuning, PrefillTuning, RingTuning, RowsTuning, Tiles
 
 T = TypeVar("T")
 SLOPES = (0.9, 0.03, 4.05e-8, 0.0)
@@ -232,10 +240,81 @@ def tune_decoding(ring: bool, classes: list[str]) -> dict[str, Any]:
     return table
 
 
+ATTENDED = ("2x64", "2x128", "4x128")
+
+
+class Attending:
+    """Works to be checked and works to be timed, of single tokens or of chunks."""
+
+    def __init__(self, name: str, one: bool) -> None:
+        itemsize, d = map(int, name.split("x"))
+        kinds = {"dtype": torch.float32 if itemsize == 4 else torch.bfloat16, "d": d}
+        self.limit = 1e-4 if itemsize == 4 else 6e-3
+        self.one = one
+        if one:
+            pasts: list[tuple[int, ...]] = [(300,) * 256, (32_768,) * 2]
+            self.works = [Paged.random((1,) * len(p), p, H=16, Hkv=8, **kinds) for p in pasts]
+            past = 0, 1, 63, 64, 100, 257, 781, 5000
+            self.ugly = Paged.random((1,) * 8, past, H=16, Hkv=8, **kinds)
+        else:
+            self.works = [Paged.random((2048,), (8192,), H=16, Hkv=8, **kinds)]
+            past = 0, 700, 64, 100, 5000, 0
+            self.ugly = Paged.random((63, 781, 100, 2, 257, 64), past, H=16, Hkv=8, **kinds)
+
+    def run(self, work: Paged, candidate: Any) -> torch.Tensor:
+        o = torch.full_like(work.q, torch.nan)
+        memory = *work.pages, work.tables
+        inputs = work.q, work.k, work.v, *memory
+        packing = work.packing
+        if self.one:
+            starts = packing.starts
+            paged_decode.decode(*inputs, packing.slots, starts, work.scale, o, candidate)
+        else:
+            paged_prefill.prefill(*inputs, packing, 0, work.scale, o, candidate)
+        return o
+
+    def check(self, candidate: Any) -> float:
+        works = self.ugly, *self.works
+        return float(torch.tensor([w.wrong(self.run(w, candidate)) for w in works]).max())
+
+    def work(self, candidate: Any) -> Callable[[], None]:
+        def run() -> None:
+            for work in self.works:
+                self.run(work, candidate)
+
+        return run
+
+
+def tune_attending(one: bool, classes: list[str]) -> dict[str, Any]:
+    """By bytes of an element and size of a head."""
+    table = {}
+    for name in classes or ATTENDED:
+        trial = Attending(name, one)
+        title = f"{'attend_one' if one else 'attend'} {name}"
+        find = partial(best, title, check=trial.check, limit=trial.limit, work=trial.work)
+        chosen: Any
+        if one:
+            grid = product((32, 64), (2, 4), (1, 2, 3, 5))
+            chosen = find([KeysTuning(*each, 4) for each in grid])
+            chosen = find([replace(chosen, resident=count) for count in (2, 4, 8, 16)])
+        else:
+            tiles = (64, 64, 4), (64, 32, 4), (128, 64, 8)
+            if name.startswith("4"):
+                tiles = (64, 32, 8), (64, 32, 4), (32, 32, 4), (64, 16, 4)
+            chosen = find([RowsTuning(*t, s, 1) for t in tiles for s in (1, 2, 3)])
+            chosen = find([replace(chosen, resident=count) for count in (1, 2)])
+        table[name] = asdict(chosen)
+        del trial, find
+        torch.cuda.empty_cache()
+    return table
+
+
 TUNERS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
     "prefill": tune_prefill,
     "decode": partial(tune_decoding, False),
     "ring": partial(tune_decoding, True),
+    "attend_one": partial(tune_attending, True),
+    "attend": partial(tune_attending, False),
 }
 
 

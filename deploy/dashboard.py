@@ -199,6 +199,40 @@ ROWS: dict[str, list[Panel]] = {
         quantiles("Length of prompts", "request_prompt_tokens", "short", "Tokens."),
         quantiles("Length of answers", "request_generation_tokens", "short", "Tokens."),
     ],
+    "Cache of states": [
+        Panel(
+            "Prompt tokens per second",
+            "short",
+            {
+                "looked up": rate("prefix_cache_queries_total"),
+                "not read again": rate("prefix_cache_hits_total"),
+            },
+        ),
+        Panel(
+            "Requests that found none, by reason",
+            "short",
+            {
+                "{{reason}}": "sum by (reason) "
+                f"(rate(steadystate_checkpoint_misses_total{{}}[{INTERVAL}]))"
+            },
+            stacked=True,
+        ),
+        Panel(
+            "States kept",
+            "bytes",
+            {"{{tier}}": "sum by (tier) (steadystate_checkpoint_bytes{})"},
+            stacked=True,
+        ),
+        Panel("How many", "short", {"{{tier}}": "sum by (tier) (steadystate_checkpoints{})"}),
+        Panel(
+            "Seconds spent on files, per second",
+            "short",
+            {
+                "writing": rate("checkpoint_save_seconds_sum"),
+                "reading": rate("checkpoint_load_seconds_sum"),
+            },
+        ),
+    ],
     "Memory": [
         Panel(
             "State slots",

@@ -16,12 +16,14 @@ class Packing:
     slots:      [N] int32, the state slot of each sequence, no two alike.
     starts:     [N] int64, tokens already folded into the slot; 0 means that the slot's content,
                 whatever it is (NaN included), counts as zero / as an empty window.
+    past:       host copy of starts, for those that cut work by it.
     """
 
     lengths: tuple[int, ...]
     cu_seqlens: torch.Tensor
     slots: torch.Tensor
     starts: torch.Tensor
+    past: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for index, length in enumerate(self.lengths):

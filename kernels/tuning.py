@@ -53,6 +53,29 @@ class DecodeTuning:
     warps: int
 
 
+@dataclass(slots=True, frozen=True)
+class RowsTuning:
+    """Attention of chunks: pairs (token, head) and keys at a time, warps, stages of its loop;
+    programs that a processor holds."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    resident: int
+
+
+@dataclass(slots=True, frozen=True)
+class KeysTuning:
+    """Attention of single tokens: keys at a time, warps per program, stages of its loop; programs
+    for each processor that a batch is split into."""
+
+    keys: int
+    warps: int
+    stages: int
+    resident: int
+
+
 # by bytes of an element of the inputs and the power of two that holds a key
 PREFILL = {
     (2, 64): PrefillTuning(Tiles(32, 64, 4, 1), Tiles(32, 64, 4, 1), 2),
@@ -65,6 +88,19 @@ PREFILL = {
 # by bytes of an element of the state
 RING = {4: RingTuning(32, 4, 128), 2: RingTuning(16, 2, 128)}
 DECODE = {4: DecodeTuning(4096, 4), 2: DecodeTuning(4096, 4)}
+# by bytes of a head's row: they must fit where shared memory is small
+ROWS = {
+    128: RowsTuning(64, 64, 4, 2, 2),
+    256: RowsTuning(64, 32, 4, 2, 2),
+    512: RowsTuning(64, 32, 8, 1, 1),
+    1024: RowsTuning(16, 16, 8, 1, 1),
+}
+KEYS = {
+    128: KeysTuning(64, 4, 2, 4),
+    256: KeysTuning(32, 4, 2, 4),
+    512: KeysTuning(32, 4, 1, 4),
+    1024: KeysTuning(16, 4, 1, 4),
+}
 
 
 @lru_cache(maxsize=16)
@@ -108,6 +144,22 @@ def decode_tuning(device: torch.device, itemsize: int) -> DecodeTuning:
     """How plain decoding reads states of such elements."""
     found = measured(card(device)).get("decode", {}).get(str(itemsize))
     return DECODE[itemsize] if found is None else DecodeTuning(**found)
+
+
+@lru_cache(maxsize=64)
+def rows_tuning(device: torch.device, itemsize: int, BLOCK_D: int) -> RowsTuning:
+    """How attention of chunks reads pages, for heads of such a size of such elements."""
+    found = measured(card(device)).get("attend", {}).get(f"{itemsize}x{BLOCK_D}")
+    least = ROWS[max(itemsize * BLOCK_D, 128)]
+    return least if found is None else RowsTuning(**found)
+
+
+@lru_cache(maxsize=64)
+def keys_tuning(device: torch.device, itemsize: int, BLOCK_D: int) -> KeysTuning:
+    """How attention of single tokens reads pages, likewise."""
+    found = measured(card(device)).get("attend_one", {}).get(f"{itemsize}x{BLOCK_D}")
+    least = KEYS[max(itemsize * BLOCK_D, 128)]
+    return least if found is None else KeysTuning(**found)
 
 
 def prefill_of(found: dict[str, Any]) -> PrefillTuning:

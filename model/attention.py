@@ -12,7 +12,9 @@ from model.store import Field, Store
 
 def window_fields(index: int, window: int, heads: int, dim: int, dtype: torch.dtype) -> list[Field]:
     """What layer `index` keeps in a slot when it sees `window` positions."""
-    return [Field(f"{name}.{index}", (window, heads, dim), dtype) for name in ("keys", "values")]
+    return [
+        Field(f"{name}.{index}", (window, heads, dim), dtype, axis=0) for name in ("keys", "values")
+    ]
 
 
 def page_fields(
@@ -20,7 +22,7 @@ def page_fields(
 ) -> list[Field]:
     """What layer `index` keeps in a KV block when it sees all positions."""
     shape = (block_size, heads, dim)
-    return [Field(f"{name}.{index}", shape, dtype) for name in ("keys", "values")]
+    return [Field(f"{name}.{index}", shape, dtype, axis=0) for name in ("keys", "values")]
 
 
 class Softmax:

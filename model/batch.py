@@ -18,7 +18,7 @@ class Batch:
     """T tokens of N sequences. The first `singles` sequences have one row each, the rest follow.
 
     ids [T], positions [T] int64; packing: all sequences; tail: those after the singles, with rows
-    counted from the first of them; tables [N, most blocks] int32, a sequence's blocks in order;
+    counted from the first of them; tables [slots, most blocks] int32, every slot's blocks;
     sample_rows [R] int64: rows whose logits are asked for, in the order of the batch.
     """
 
@@ -37,7 +37,8 @@ class Batch:
         singles = next((i for i, n in enumerate(lengths) if n > 1), len(lengths))
         assert all(n > 1 for n in lengths[singles:]), "chunks of one token come first"
         rows = [0, *accumulate(lengths)]
-        starts = np.array([chunk.start for chunk in chunks], dtype=np.int64)
+        past = tuple(chunk.start for chunk in chunks)
+        starts = np.array(past, dtype=np.int64)
         offsets = np.array(rows[:-1], dtype=np.int64)
         long = (
             np.concatenate([np.asarray(chunk.tokens, dtype=np.int64) for chunk in chunks]),
@@ -61,14 +62,16 @@ class Batch:
             ids[:singles] = sequences.ids(ids[:singles], slots[:singles])
         tail = None
         if singles < len(chunks):
-            tail = Packing(lengths[singles:], tail_cu, slots[singles:], starts_[singles:])
+            tail = Packing(
+                lengths[singles:], tail_cu, slots[singles:], starts_[singles:], past[singles:]
+            )
         return cls(
             ids=ids,
             positions=positions,
             singles=singles,
-            packing=Packing(lengths, cu, slots, starts_),
+            packing=Packing(lengths, cu, slots, starts_, past),
             tail=tail,
-            tables=sequences.tables(slots, max(len(chunk.blocks) for chunk in chunks)),
+            tables=sequences.tables,
             sample_rows=sample_rows,
         )
 

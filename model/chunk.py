@@ -60,6 +60,8 @@ class Chunk:
     prompt:   whether these tokens belong to the prompt: only the repetition penalty counts them.
     penalised: whether the sequence's Sampling is penalised, so that its tokens must be remembered
               (a prompt chunk says so too, though its sampling is None).
+    before:   with the first chunk after a checkpoint, of a penalised sequence: the tokens in front
+              of `start`, all of the prompt, which no chunk has brought.
     """
 
     tokens: Sequence[int]
@@ -71,6 +73,7 @@ class Chunk:
     suppress: Sequence[int] = ()
     prompt: bool = True
     penalised: bool = False
+    before: Sequence[int] = ()
 
 
 @dataclass(slots=True)
@@ -87,24 +90,61 @@ class Sampled:
 
 
 @dataclass(slots=True, frozen=True)
-class Place:
-    """Where the state of one sequence lies: in a slot and blocks, or saved on the host.
+class Layout:
+    """A tensor that every slot (or KV block) holds. dtype is safetensors' name: F32, BF16, I64."""
 
-    Exactly one of slot and key is given. `position` is how many tokens the state has folded in.
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(slots=True, frozen=True)
+class Tensor:
+    """A tensor in host memory, as the bytes of its elements in order."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+
+@dataclass(slots=True, eq=False)
+class Image:
+    """A state as named tensors of bytes: what a file of it holds.
+
+    Those of Capacity.slot_layout first, then those of Capacity.block_layout, whose first dimension
+    counts the blocks. Empty until a Copy has filled it. What the state does not use is zero.
+    """
+
+    tensors: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(slots=True, frozen=True)
+class Place:
+    """Where the state of one sequence lies: in a slot and blocks, on the host, or in an image.
+
+    Exactly one of slot, key and image is given. `position` is how many tokens the state has folded.
     """
 
     slot: int | None = None
     blocks: tuple[int, ...] = ()
     key: str | None = None
+    image: Image | None = None
     position: int = 0
 
 
 @dataclass(slots=True, frozen=True)
 class Copy:
-    """Copy a state bit for bit from source to target; target None forgets a saved source."""
+    """Copy a state bit for bit from source to target; target None forgets a source on the host.
+
+    Between slots, blocks that are the same on both sides are shared, not copied. With `bare`, the
+    record of the tokens that a penalised sequence has seen stays behind. An image is filled from
+    the host, or is checked against the layouts by its giver and put there.
+    """
 
     source: Place
     target: Place | None
+    bare: bool = False
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -113,7 +153,8 @@ class Capacity:
 
     state_bytes is the size of one slot, block_bytes that of one KV block over all layers (0 for a
     model without full softmax layers, whose `blocks` and `block_size` are 0 too).
-    max_model_len is None for a model whose sequences may grow without bound.
+    max_model_len is None for a model whose sequences may grow without bound. dtype is that of
+    weights and activations; the layouts are what a slot and a block hold.
     """
 
     slots: int
@@ -124,7 +165,10 @@ class Capacity:
     max_model_len: int | None = None
     vocab_size: int = 0
     device: str = "cpu"
+    dtype: str = "float32"
     fingerprint: str = ""
+    slot_layout: tuple[Layout, ...] = ()
+    block_layout: tuple[Layout, ...] = ()
 
 
 class OutOfDeviceMemory(Exception):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from kernels.experts import moe
 from kernels.gated import silu_mul
+from kernels.linear import linear
 from model.weights import Parameters
 
 
@@ -93,4 +93,4 @@ class Dense:
 
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
         """h [T, D] -> [T, D]."""
-        return F.linear(silu_mul(*F.linear(h, self.gate_up).chunk(2, dim=1)), self.down)
+        return linear(silu_mul(*linear(h, self.gate_up).chunk(2, dim=1)), self.down)

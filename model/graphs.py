@@ -18,7 +18,7 @@ from kernels.sampling import draw
 from model.batch import Batch
 from model.chunk import Chunk
 from model.families import Family, logits_of
-from model.sampling import noise_key, warmth
+from model.sampling import noise_keys, warmth
 from model.sequences import Sequences
 from model.store import Store
 
@@ -68,9 +68,8 @@ class Inputs:
         ids[:n] = [chunk.tokens[0] for chunk in chunks]
         positions[:n] = [chunk.start for chunk in chunks]
         slots[:n] = [chunk.slot for chunk in chunks]
-        wanted = [(chunk.sampling, chunk.generated) for chunk in chunks]
-        temperatures[:n] = [0.0 if s is None else warmth(s) for s, _ in wanted]
-        keys[:n] = [0 if s is None else noise_key(s.seed, count) for s, count in wanted]
+        temperatures[:n] = [warmth(chunk.sampling) if chunk.sampling else 0.0 for chunk in chunks]
+        keys[:n] = noise_keys(chunks)
         ids[n:size], positions[n:size], slots[n:size], temperatures[n:size] = 0, 0, -1, 0.0
         self.device.copy_(self._hosts[self._turn], non_blocking=True)
 
@@ -134,7 +133,7 @@ class DecodeGraphs:
             singles=size,
             packing=Packing((1,) * size, rows, slots, positions),
             tail=None,
-            tables=self._sequences.tables(slots),
+            tables=self._sequences.tables,
             sample_rows=torch.arange(size, device=device),
         )
         logits = logits_of(self._model, batch, self._store)

@@ -32,10 +32,11 @@ def memory_fields(index: int, heads: int, dk: int, dv: int, memory: Memory) -> l
     """What layer `index` keeps in a slot."""
     fields = [Field(f"state.{index}", (heads, dk, dv), memory.state)]
     if memory.ring:
+        since = f"folded.{index}"
         fields += [
-            Field(f"ring_keys.{index}", (heads, memory.ring, dk), memory.values),
-            Field(f"ring_values.{index}", (heads, memory.ring, dv), memory.values),
-            Field(f"folded.{index}", (heads, 2), torch.int64),
+            Field(f"ring_keys.{index}", (heads, memory.ring, dk), memory.values, 1, since),
+            Field(f"ring_values.{index}", (heads, memory.ring, dv), memory.values, 1, since),
+            Field(since, (heads, 2), torch.int64),
         ]
     return fields
 

@@ -7,16 +7,16 @@ are counted from the declarations that a real run allocates by.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 import torch
 
+from kernels.quantize import Quantized
 from model.config import ConfigError, Fields
 from model.families import build
 from model.lightning import Memory
 from model.runner import BLOCK_SIZE, DTYPES, RING, divide, sampling_bytes
 from model.store import Field, row_bytes
-from model.weights import Parameters
+from model.weights import QUANTIZATIONS, Parameters
 
 GPUS = {  # bytes of memory, about as CUDA reports them
     "a100-40gb": 42_400_000_000,
@@ -33,8 +33,6 @@ GPUS = {  # bytes of memory, about as CUDA reports them
     "rtx6000ada": 50_900_000_000,
     "rtxpro6000": 101_900_000_000,
 }
-QUANTIZATIONS = {"none": None, "int8": 1, "fp8": 1}  # bytes of a quantised weight
-SCALE_BYTES = 4  # of each output channel of a quantised matrix
 CONTEXT_BYTES = 600_000_000  # what CUDA and its libraries take of a GPU before anything else
 FULL_KV_HEADS = 8  # of a full-attention peer, where the model has no softmax layer to go by
 COUNTS = tuple(2**i for i in range(11))  # of GPUs
@@ -99,7 +97,7 @@ def footprint(
     return Footprint(
         architecture=fields.architecture,
         layers=layers,
-        weights={name: _weights(parameters, size) for name, size in QUANTIZATIONS.items()},
+        weights={name: _weights(parameters, codes) for name, codes in QUANTIZATIONS.items()},
         slot=row_bytes(slot_fields),
         block=row_bytes(block_fields),
         kv_heads=kv_heads,
@@ -110,13 +108,13 @@ def footprint(
     )
 
 
-def _weights(parameters: Parameters, size: int | None) -> int:
-    """Bytes of all parameters, those of linear layers at `size` bytes an element and a scale."""
-    total = sum(tensor.nbytes for tensor in parameters.tensors)
-    if size is not None:
-        for tensor in parameters.linear:
-            quantized = tensor.numel() * size + prod(tensor.shape[:-1]) * SCALE_BYTES
-            total += quantized - tensor.nbytes
+def _weights(parameters: Parameters, codes: torch.dtype | None) -> int:
+    """Bytes of all parameters, those of linear layers as codes of a dtype and scales."""
+    total = parameters.nbytes
+    if codes is not None:
+        for weight in parameters.linear:
+            made = Quantized.empty(tuple(weight.shape), codes, parameters.device)
+            total += made.nbytes - weight.nbytes
     return total
 
 

@@ -16,6 +16,8 @@ from model.chunk import Capacity, Chunk, Copy, OutOfDeviceMemory, Sampled, Sampl
 from model.config import ConfigError, Fields
 from model.families import Family, build, logits_of
 from model.graphs import DecodeGraphs
+from model.image import fill, layout
+from model.image import read as read_image
 from model.lightning import Memory
 from model.sampling import Seen, plain, read, sample
 from model.sequences import Sequences
@@ -27,6 +29,7 @@ CPU_STATE_BYTES = 4_000_000_000
 CAPTURED = 512  # sequences of the largest step that is a CUDA graph
 RING = 16  # tokens beside a state on CUDA: a step then writes a sixteenth of it
 GB = 1_000_000_000
+FP8 = (8, 9)  # compute capability from which on a card multiplies fp8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -145,22 +148,27 @@ class ModelRunner:
         """Save, restore, move or forget states, in order."""
         for item in copies:
             source, target = item.source, item.target
+            seen = None if item.bare or source.slot is None else self.seen.rows.get(source.slot)
             if target is not None and target.slot is not None:
                 self.sequences.forget(target.slot)
             if target is None:
                 assert source.key is not None, "a slot is given back, not forgotten"
                 self.saved.pop(source.key, None)
             elif source.slot is not None and target.key is not None:
-                seen = self.seen.rows.get(source.slot)
                 self.saved[target.key] = self.store.save(source.slot, source.blocks, seen)
             elif source.key is not None and target.slot is not None:
                 saved = self.saved[source.key]
                 self.store.restore(saved, target.slot, target.blocks)
-                self._set_seen(target.slot, saved.seen)
+                self._set_seen(target.slot, None if item.bare else saved.seen)
             elif source.slot is not None and target.slot is not None:
                 pairs = list(zip(source.blocks, target.blocks, strict=True))
                 self.store.move(source.slot, target.slot, pairs)
-                self._set_seen(target.slot, self.seen.rows.get(source.slot))
+                self._set_seen(target.slot, seen)
+            elif source.key is not None and target.image is not None:
+                saved, size = self.saved[source.key], self.capacity.block_size
+                fill(target.image, saved, self.store, position=source.position, block_size=size)
+            elif source.image is not None and target.key is not None:
+                self.saved[target.key] = read_image(source.image, self.store)
             else:
                 raise ValueError(f"cannot copy {source} to {target}")
 
@@ -204,6 +212,9 @@ class ModelRunner:
             one = Chunk(tokens=[0], start=2, slot=0, blocks=blocks[:1], sampling=draw)
             two = Chunk(tokens=[0, 0], start=0, slot=1, blocks=blocks[1:2] or blocks, sampling=draw)
             self.step([one, two])
+        if blocks and tokens >= 3:
+            # a short chunk behind many tokens: attention in pieces, which are joined
+            self.step([Chunk(tokens=[0, 0], start=tokens - 2, slot=0, blocks=blocks)])
 
 
 _PROC = Path("/proc/self/statm")
@@ -221,6 +232,7 @@ def load_runner(
     state_memory_gb: float | None = None,
     max_model_len: int | None = None,
     max_step_tokens: int | None = None,
+    quantization: str = "none",
     state_dtype: str = "float32",
     ring: int | None = None,
     decay_layer_factor: str = "auto",
@@ -229,13 +241,15 @@ def load_runner(
     """Load the checkpoint in `path` and make it ready to serve.
 
     With a seed its weights are not read but drawn: config.json is all that has to be there.
-    state_dtype and ring are of the lightning layers' memory: see model.lightning.Memory. Without a
-    word on the ring, decoding keeps RING tokens on CUDA and none elsewhere. decay_layer_factor
-    stands in for the field of that name in config.json: see docs/decay.md.
+    quantization is of the weights of linear layers: see model.weights.QUANTIZATIONS. state_dtype
+    and ring are of the lightning layers' memory: see model.lightning.Memory. Without a word on the
+    ring, decoding keeps RING tokens on CUDA and none elsewhere. decay_layer_factor stands in for
+    the field of that name in config.json: see docs/decay.md.
     Raises ConfigError or WeightsError naming what is wrong with the checkpoint or the bounds.
     """
     seconds: dict[str, float] = {}
     where = _device(device)
+    _check(quantization, where)
     kind = DTYPES.get(dtype, torch.bfloat16 if where.type == "cuda" else torch.float32)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -248,14 +262,14 @@ def load_runner(
         fields = Fields.read(path)
         if decay_layer_factor != "auto":
             fields = fields.but(decay_layer_factor=decay_layer_factor)
-        parameters = Parameters(where, kind)
+        parameters = Parameters(where, kind, quantization)
         model = build(fields, parameters)
         if seed is None:
             parameters.fill(path, ignore=model.ignored)
-            name = fingerprint(path, decay_layer_factor)
+            name = fingerprint(path, decay_layer_factor, quantization)
         else:
             parameters.randomize(seed)
-            name = f"random-{seed}"
+            name = f"random-{seed}-{quantization}"
 
     with _phase(seconds, "memory"):
         slot_fields = model.slot_fields(Memory(DTYPES[state_dtype], ring, kind))
@@ -287,7 +301,10 @@ def load_runner(
         max_model_len=length,
         vocab_size=model.vocab_size,
         device=torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
+        dtype=str(kind).removeprefix("torch."),
         fingerprint=name,
+        slot_layout=layout(slot_fields),
+        block_layout=layout(model.block_fields(BLOCK_SIZE)) if blocks else (),
     )
     runner = ModelRunner(model, store, capacity, max_step_tokens=step_tokens, seconds=seconds)
     runner.parameters = parameters
@@ -341,6 +358,18 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda' and no CUDA device is there")
     return torch.device("cuda:0") if name == "cuda" else torch.device(name)
+
+
+def _check(quantization: str, device: torch.device) -> None:
+    """ConfigError where the device has no products of what the weights are quantised to."""
+    if quantization == "fp8" and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < FP8:
+            name = torch.cuda.get_device_name(device)
+            raise ConfigError(
+                "quantization is 'fp8', and {} (sm_{}{}) has no products of fp8, which begin with "
+                "sm_{}{}; 'int8' it has".format(name, *capability, *FP8)
+            )
 
 
 def _cuda_budget(

@@ -16,20 +16,18 @@ MASK64 = (1 << 64) - 1
 COLDEST = 1e-5  # below this temperature the best token is all that float32 would leave
 
 
-def noise_key(seed: int, counter: int) -> int:
-    """64 bits (signed), a function of (seed, counter) alone (splitmix64, two rounds)."""
-    x = (seed * 0x9E3779B97F4A7C15 + 0x1234567) & MASK64
-    for word in (0, counter):
-        x = (x + word + 0x9E3779B97F4A7C15) & MASK64
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
-        x ^= x >> 31
-    return x - (x >> 63 << 64)
-
-
-def uniform(seed: int, counter: int) -> float:
-    """A number in [0, 1 - 2^-32], a function of (seed, counter) alone."""
-    return ((noise_key(seed, counter) & MASK64) >> 32) / 2.0**32
+def noise_keys(chunks: Sequence[Chunk]) -> np.ndarray:
+    """64 bits (int64) for each chunk, a function of its sampling's seed and of how many tokens it
+    has generated alone (splitmix64, two rounds); 0 where there is no sampling."""
+    wanted = [(c.sampling.seed & MASK64, c.generated) if c.sampling else (0, 0) for c in chunks]
+    seeds, counters = np.array(wanted, dtype=np.uint64).reshape(-1, 2).T
+    x = seeds * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x1234567)
+    for word in (np.zeros_like(counters), counters):
+        x = x + word + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+    return np.where([c.sampling is not None for c in chunks], x, np.uint64(0)).view(np.int64)
 
 
 def warmth(sampling: Sampling) -> float:
@@ -64,6 +62,8 @@ class Seen:
             if row is None:
                 row = torch.zeros(self.vocab_size, dtype=torch.int32, device=self.device)
                 self.rows[chunk.slot] = row
+            if len(chunk.before):
+                row[torch.tensor(chunk.before, dtype=torch.int64).to(self.device)] |= PROMPT
             ids = torch.tensor(chunk.tokens, dtype=torch.int64).to(self.device)
             if chunk.prompt:
                 row[ids] |= PROMPT
@@ -90,14 +90,15 @@ def sample(logits: torch.Tensor, chunks: Sequence[Chunk], seen: Seen) -> torch.T
         table = torch.stack([seen.rows[chunks[i].slot] for i in penalised])
         logits[penalised] = _penalise(logits[penalised], table, [wanted[i] for i in penalised])
 
-    temperatures, keys = noise([warmth(s) for s in wanted], chunks, device)
+    warm = torch.from_numpy(np.array([warmth(s) for s in wanted], dtype=np.float32))
+    temperatures, keys = warm.to(device), torch.from_numpy(noise_keys(chunks)).to(device)
     ids = draw(logits, temperatures, keys)
     filtered = [i for i, s in enumerate(wanted) if warmth(s) and _filtered(s)]
     if filtered:
         some = logits if len(filtered) == len(logits) else logits[filtered]
         drawn = _draw_filtered(
             (some - some.amax(1, keepdim=True)) / temperatures[filtered, None],
-            [uniform(wanted[i].seed, chunks[i].generated) for i in filtered],
+            uniform(keys[filtered]),
             [wanted[i] for i in filtered],
         )
         rows = torch.tensor(filtered, device=device)
@@ -114,16 +115,9 @@ def sample(logits: torch.Tensor, chunks: Sequence[Chunk], seen: Seen) -> torch.T
     return result
 
 
-def noise(
-    temperatures: Sequence[float], chunks: Sequence[Chunk], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What kernels.sampling.draw needs of rows: temperatures [R] float32, keys [R] int64."""
-    keys = np.array(
-        [noise_key(c.sampling.seed, c.generated) for c in chunks if c.sampling is not None],
-        dtype=np.int64,
-    )
-    warm = torch.from_numpy(np.array(temperatures, dtype=np.float32))
-    return warm.to(device), torch.from_numpy(keys).to(device)
+def uniform(keys: torch.Tensor) -> torch.Tensor:
+    """keys [R] int64 -> numbers in [0, 1 - 2^-32], float64: their upper halves."""
+    return ((keys >> 32) & 0xFFFFFFFF).double() / 2.0**32
 
 
 def read(result: torch.Tensor, chunks: Sequence[Chunk]) -> list[Sampled]:
@@ -184,20 +178,19 @@ def _penalise(logits: torch.Tensor, table: torch.Tensor, wanted: list[Sampling])
     return logits - presence * (counts > 0) - frequency * counts
 
 
-def _invert(probabilities: torch.Tensor, noise: list[float]) -> torch.Tensor:
-    """The index at which the cumulative sum passes noise (one a row) of its total, [R, 1] int64.
+def _invert(probabilities: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The index at which the cumulative sum passes noise [R] of its total, [R, 1] int64.
 
     Both are float64: noise of at most 1 - 2^-32 stays below the total, so what is found has mass.
     Only in a row of NaN nothing is found; its index stays inside the row all the same.
     """
     sums = probabilities.cumsum(-1, dtype=torch.float64)
-    shares = torch.tensor(noise, dtype=torch.float64)[:, None].to(probabilities.device)
-    found = torch.searchsorted(sums, shares * sums[:, -1:], right=True)
+    found = torch.searchsorted(sums, noise[:, None] * sums[:, -1:], right=True)
     return found.clamp_(max=probabilities.shape[1] - 1)
 
 
 def _draw_filtered(
-    logits: torch.Tensor, noise: list[float], wanted: list[Sampling]
+    logits: torch.Tensor, noise: torch.Tensor, wanted: list[Sampling]
 ) -> torch.Tensor:
     """Draw among the top_k best, those of at least min_p times the best's probability, and the
     fewest that hold top_p of what is left."""

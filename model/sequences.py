@@ -12,19 +12,22 @@ from model.chunk import PENDING, Chunk
 
 
 class Sequences:
-    """One row a slot. A slot of -1 is padding: it has no blocks, and what it draws is forgotten."""
+    """One row a slot. A slot of -1 is padding: what it draws is forgotten.
+
+    tables: [slots, most blocks] int32, the blocks of each slot's sequence in order.
+    """
 
     def __init__(self, slots: int, most_blocks: int, device: torch.device) -> None:
         self.device = device
         self._latest = torch.zeros(slots + 1, dtype=torch.int64, device=device)  # the last: padding
-        self._tables = torch.full((slots, most_blocks), -1, dtype=torch.int32, device=device)
-        self._known: list[Sequence[int]] = [() for _ in range(slots)]  # blocks that are in _tables
+        self.tables = torch.full((slots, most_blocks), -1, dtype=torch.int32, device=device)
+        self._known: list[Sequence[int]] = [() for _ in range(slots)]  # blocks that are in tables
 
     def keep(self, chunks: Sequence[Chunk]) -> None:
         """Take the blocks of chunks that are new since their slots were here last."""
         places: list[int] = []
         blocks: list[int] = []
-        width = self._tables.shape[1]
+        width = self.tables.shape[1]
         for chunk in chunks:
             if not chunk.blocks:
                 continue
@@ -41,17 +44,11 @@ class Sequences:
             if self.device.type == "cuda":
                 both = both.pin_memory()
             both = both.to(self.device, non_blocking=True)
-            self._tables.view(-1).index_copy_(0, both[0], both[1].int())
+            self.tables.view(-1).index_copy_(0, both[0], both[1].int())
 
     def forget(self, slot: int) -> None:
         """Another state was put into a slot."""
         self._known[slot] = ()
-
-    def tables(self, slots: torch.Tensor, width: int | None = None) -> torch.Tensor:
-        """slots [N] int32 -> blocks [N, width] int32. Past a sequence's last block there may be
-        anything; a row of padding is -1."""
-        rows = self._tables[:, :width].index_select(0, slots.clamp(min=0))
-        return rows.masked_fill_((slots < 0)[:, None], -1)
 
     def ids(self, ids: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """ids [N], those that are PENDING replaced by what their slots [N] drew last."""

@@ -18,11 +18,18 @@ PIECE_BYTES = 16 << 20  # of device memory that saving or restoring blocks takes
 
 @dataclass(slots=True, frozen=True)
 class Field:
-    """One tensor that every slot (or block) holds: its name, shape and dtype."""
+    """One tensor that every slot (or block) holds: its name, shape and dtype.
+
+    axis:  the axis along which it keeps one row a position, modulo its size; None: it is used whole
+           from the first token on. Rows that no position has written are nobody's.
+    since: the field of the slot, int64 [H, ...], whose first number is the first position in use.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    axis: int | None = None
+    since: str | None = None
 
     @property
     def bytes(self) -> int:
@@ -60,17 +67,28 @@ class Rows:
 
 @dataclass(slots=True, frozen=True)
 class Saved:
-    """A state on the host: one slot's bytes and those of its blocks, and the tokens it has seen."""
+    """A state on the host: one slot's bytes and those of its blocks, and the tokens it has seen.
+
+    `done` is when the device has written them; None: they are there.
+    """
 
     slot: torch.Tensor
     blocks: torch.Tensor
-    seen: torch.Tensor | None
+    seen: torch.Tensor | None = None
+    done: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Return once the bytes are there."""
+        if self.done is not None:
+            self.done.synchronize()
 
 
 class Store:
     """All slots and KV blocks of a model.
 
-    slot_fields are per slot, block_fields per block of block_size positions.
+    slot_fields are per slot, block_fields per block of block_size positions. On CUDA states leave
+    for pinned host memory on a stream of their own: a step after a save waits for a copy on the
+    device only.
     """
 
     def __init__(
@@ -83,27 +101,54 @@ class Store:
         device: torch.device,
     ) -> None:
         self.device = device
+        self.slot_fields = slot_fields
+        self.block_fields = block_fields
         self.slots = Rows(slot_fields, slots, device)
         self.blocks = Rows(block_fields, blocks, device)
+        self._leaving = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def save(self, slot: int, blocks: tuple[int, ...], seen: torch.Tensor | None) -> Saved:
         """Copy a slot and blocks to host memory, bit for bit."""
-        host = torch.empty(len(blocks), self.blocks.bytes, dtype=torch.uint8)
+        host, host_blocks = self.host(len(blocks))
+        row = self.slots.memory[slot]
+        self._leave(host, row if self._leaving is None else row.clone())
         for rows, index in self._pieces(blocks):
-            host[rows].copy_(self.blocks.memory[index])
+            self._leave(host_blocks[rows], self.blocks.memory[index])
         return Saved(
-            slot=self.slots.memory[slot].to("cpu", copy=True),
-            blocks=host,
+            slot=host,
+            blocks=host_blocks,
             seen=None if seen is None else seen.to("cpu", copy=True),
+            done=None if self._leaving is None else self._leaving.record_event(),
+        )
+
+    def host(self, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Host memory for the bytes of a slot and of so many blocks; pinned beside a GPU."""
+        pinned = self.device.type == "cuda"
+        return (
+            torch.empty(self.slots.bytes, dtype=torch.uint8, pin_memory=pinned),
+            torch.empty(blocks, self.blocks.bytes, dtype=torch.uint8, pin_memory=pinned),
         )
 
     def restore(self, saved: Saved, slot: int, blocks: tuple[int, ...]) -> None:
         """Copy a saved state into a slot and blocks, as many blocks as were saved."""
         if len(blocks) != len(saved.blocks):
             raise ValueError(f"{len(saved.blocks)} blocks were saved, {len(blocks)} are given")
-        self.slots.memory[slot].copy_(saved.slot)
+        if saved.done is not None:
+            torch.cuda.current_stream(self.device).wait_event(saved.done)
+        self.slots.memory[slot].copy_(saved.slot, non_blocking=True)
         for rows, index in self._pieces(blocks):
-            self.blocks.memory[index] = saved.blocks[rows].to(self.device)
+            self.blocks.memory[index] = saved.blocks[rows].to(self.device, non_blocking=True)
+
+    def _leave(self, host: torch.Tensor, part: torch.Tensor) -> None:
+        """Copy to the host without waiting for it: part is itself a copy, so that the slot or the
+        blocks may change meanwhile."""
+        if self._leaving is None:
+            host.copy_(part)
+            return
+        self._leaving.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._leaving):
+            host.copy_(part, non_blocking=True)
+        part.record_stream(self._leaving)
 
     def _pieces(self, blocks: tuple[int, ...]) -> Iterator[tuple[slice, torch.Tensor]]:
         """Rows of the host copy, and the blocks they belong to, as many as PIECE_BYTES holds: the
@@ -117,4 +162,5 @@ class Store:
         """Copy a slot to another and each block to its pair, on the device."""
         self.slots.memory[target].copy_(self.slots.memory[source])
         for from_block, to_block in blocks:
-            self.blocks.memory[to_block].copy_(self.blocks.memory[from_block])
+            if from_block != to_block:
+                self.blocks.memory[to_block].copy_(self.blocks.memory[from_block])

@@ -1,7 +1,8 @@
 """Weights: safetensors files streamed into parameters, each by its name in the checkpoint.
 
 A shard is mapped, its tensors are copied from the mapping to the device in pieces, and it is closed
-before the next one is opened: host memory holds one shard at most, and a piece.
+before the next one is opened: host memory holds one shard at most, and a piece. Weights that are
+quantised become so piece by piece on their way: the device never holds them whole as they were.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from kernels.quantize import Quantized, Weight
 from model.names import folded
 from model.progress import Progress
 
 PIECE_BYTES = 256 << 20  # of a tensor that are copied at a time
 FLOATS = ("F64", "F32", "F16", "BF16")
+QUANTIZATIONS = {"none": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 class WeightsError(ValueError):
@@ -34,15 +37,24 @@ class Parameters:
     places:  by name in the checkpoint, the parameter (or the part of one) that a tensor fills.
     tensors: every parameter as it was allocated.
     linear:  those of them that a linear layer multiplies by, [..., outputs, inputs]: the ones that
-             may be quantised. Norms, routers, embedding and head never are.
+             are quantised where QUANTIZATIONS has a dtype for it. Norms, routers, decays, embedding
+             and head never are.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, quantization: str = "none"
+    ) -> None:
         self.device = device
         self.dtype = dtype
-        self.places: dict[str, torch.Tensor] = {}
-        self.tensors: list[torch.Tensor] = []
-        self.linear: list[torch.Tensor] = []
+        self.codes = QUANTIZATIONS[quantization]
+        self.places: dict[str, Weight] = {}
+        self.tensors: list[Weight] = []
+        self.linear: list[Weight] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters."""
+        return sum(parameter.nbytes for parameter in self.tensors)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A parameter, of the model's dtype or another, whose parts the caller enters in
@@ -57,11 +69,11 @@ class Parameters:
         self.places[name] = parameter
         return parameter
 
-    def matrix(self, name: str, rows: int, columns: int) -> torch.Tensor:
+    def matrix(self, name: str, rows: int, columns: int) -> Weight:
         """A linear layer's weight that one checkpoint tensor fills."""
         return self.rows([(name, rows)], columns)
 
-    def rows(self, names_and_rows: Iterable[tuple[str, int]], columns: int) -> torch.Tensor:
+    def rows(self, names_and_rows: Iterable[tuple[str, int]], columns: int) -> Weight:
         """One matrix [sum of rows, columns] of several checkpoint tensors: one GEMM does."""
         parts = list(names_and_rows)
         parameter = self.matrices(sum(n for _, n in parts), columns)
@@ -69,24 +81,30 @@ class Parameters:
             self.places[name] = view
         return parameter
 
-    def matrices(self, *shape: int) -> torch.Tensor:
+    def matrices(self, *shape: int) -> Weight:
         """Weights of linear layers, as those of all experts, whose parts the caller enters in
         `places`."""
-        parameter = self.empty(*shape)
+        if self.codes is None:
+            parameter: Weight = self.empty(*shape)
+        else:
+            parameter = Quantized.empty(shape, self.codes, self.device)
+            self.tensors.append(parameter)
         self.linear.append(parameter)
         return parameter
 
     @torch.no_grad()
     def randomize(self, seed: int) -> None:
-        """Fill every place with numbers made on the device: vectors with ones, matrices with normal
-        numbers that keep the size of what they multiply."""
+        """Fill every place with numbers made on the device, the same ones however they are kept:
+        vectors with ones, matrices with normal numbers that keep the size of what they multiply."""
         generator = torch.Generator(self.device).manual_seed(seed)
         for place in self.places.values():
             if place.ndim < 2:
-                place.fill_(1.0)
-            else:
-                drawn = torch.randn(place.shape, generator=generator, device=self.device)
-                place.copy_(drawn.mul_(place.shape[-1] ** -0.5))
+                place.copy_(torch.ones(place.shape, device=self.device))
+                continue
+            for rows in _pieces(place):
+                part = place[rows]
+                drawn = torch.randn(part.shape, generator=generator, device=self.device)
+                part.copy_(drawn.mul_(part.shape[-1] ** -0.5))
 
     def fill(self, directory: Path, *, ignore: re.Pattern[str]) -> None:
         """Copy every tensor of the checkpoint to its place, shard by shard.
@@ -130,7 +148,7 @@ def shard(path: Path) -> Any:
         raise WeightsError(f"{path} is no whole safetensors file: {error}") from error
 
 
-def _fault(file: Any, name: str, place: torch.Tensor) -> str | None:
+def _fault(file: Any, name: str, place: Weight) -> str | None:
     """Why a tensor of a shard does not fit its place; None if it does."""
     source = file.get_slice(name)
     shape, kind = tuple(source.get_shape()), source.get_dtype()
@@ -141,16 +159,23 @@ def _fault(file: Any, name: str, place: torch.Tensor) -> str | None:
     return None
 
 
-def _copy(file: Any, name: str, place: torch.Tensor, progress: Progress) -> None:
-    """Copy a tensor of a shard to its place, as many rows at a time as make a piece."""
+def _pieces(place: Weight) -> Iterator[slice]:
+    """As many rows of a place at a time as make a piece, of float32."""
+    count = len(place)
+    step = max(count * PIECE_BYTES // max(place.numel() * 4, 1), 1)
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+def _copy(file: Any, name: str, place: Weight, progress: Progress) -> None:
+    """Copy a tensor of a shard to its place, piece by piece."""
     if not place.ndim:
         place.copy_(file.get_tensor(name))
         return
-    source, rows = file.get_slice(name), len(place)
-    step = max(rows * PIECE_BYTES // max(place.numel() * 4, 1), 1)
-    for start in range(0, rows, step):
-        piece = source[start : min(start + step, rows)]
-        place[start : start + step].copy_(piece)
+    source = file.get_slice(name)
+    for rows in _pieces(place):
+        piece = source[rows]
+        place[rows].copy_(piece)
         progress.update(piece.nbytes)
 
 
@@ -175,8 +200,8 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def fingerprint(directory: Path, *settings: str) -> str:
-    """SHA-256 over config.json, settings that change what it says, and each weight file's size,
-    header and evenly spaced samples.
+    """SHA-256 over config.json, settings that change what is made of it, and each weight file's
+    size, header and evenly spaced samples.
 
     Names a checkpoint, so that states are never restored into another model.
     """

@@ -4,9 +4,12 @@ SteadystateError
 ├── RequestError            400  the body names something impossible: field, limit, value
 │   ├── ContextLengthError  400  prompt (and max_tokens) beyond the model's maximum length
 │   ├── AuthenticationError 401  no key, or a wrong one
-│   ├── NotFoundError       404  no such model or route
+│   ├── NotFoundError       404  no such model, context or route
+│   ├── ConflictError       409  a context's name is taken, or it was changed meanwhile
+│   ├── GoneError           410  a context's state is gone or damaged
 │   └── TooLargeError       413  the body is larger than max_body_bytes
 ├── QueueFullError          429  with Retry-After; safe to repeat
+├── StorageFullError        507  no memory or disk has room for a context
 ├── GenerationError         500  this request failed in the engine, others go on
 └── EngineDeadError         503  the engine process is gone, or not ready, or draining
 """
@@ -58,6 +61,23 @@ class AuthenticationError(RequestError):
 class NotFoundError(RequestError):
     status = 404
     type = "not_found_error"
+
+
+class ConflictError(RequestError):
+    status = 409
+    type = "conflict_error"
+    code = "context_changed"
+
+
+class GoneError(RequestError):
+    status = 410
+    code = "context_gone"
+
+
+class StorageFullError(SteadystateError):
+    status = 507
+    type = "storage_full_error"
+    code = "storage_full"
 
 
 class TooLargeError(RequestError):

@@ -20,6 +20,9 @@ class Generate(msgspec.Struct, tag=True, kw_only=True):
     min_tokens, until when these ids are suppressed), with "length" at max_tokens or at the
     model's maximum length. With `more`, the rest of the prompt follows in Extends, and no token is
     drawn until the last of these; the prompt is `expected` to have about so many tokens in all.
+    Checkpoints are shared among prompts of one salt; boundaries are the positions where messages
+    end. With `base`, the tokens follow those of the state of that key, less the last `drop` of
+    these; such a prompt is complete.
     """
 
     id: str
@@ -30,14 +33,65 @@ class Generate(msgspec.Struct, tag=True, kw_only=True):
     stop_token_ids: list[int] = []
     more: bool = False
     expected: int = 0
+    salt: str = ""
+    boundaries: list[int] = []
+    base: str = ""
+    drop: int = 0
 
 
-class Extend(msgspec.Struct, tag=True):
-    """The next tokens of a prompt, perhaps none; the last ones unless there is `more`."""
+class Extend(msgspec.Struct, tag=True, kw_only=True):
+    """The next tokens of a prompt, perhaps none; the last ones unless there is `more`. Boundaries
+    are counted from the prompt's beginning."""
 
     id: str
     tokens: bytes
     more: bool
+    boundaries: list[int] = []
+
+
+class Read(msgspec.Struct, tag=True, kw_only=True):
+    """Fold tokens into a state and keep it: on the shelf where there is one, else pinned on the
+    host until a Pin takes that back. The last Output says which state it is.
+
+    `base` and `drop` are as in Generate. salt_digest may stand for a salt that is not known.
+    """
+
+    id: str
+    tokens: bytes
+    salt: str = ""
+    salt_digest: str = ""
+    boundaries: list[int] = []
+    base: str = ""
+    drop: int = 0
+
+
+class Pin(msgspec.Struct, tag=True):
+    """One context more, or fewer, is of this state. Without a shelf, the last one frees it."""
+
+    key: str
+    change: int
+
+
+class Fetch(msgspec.Struct, tag=True):
+    """Bring a state to where a request finds it at once. Answered by a Reply."""
+
+    id: str
+    key: str
+
+
+class Export(msgspec.Struct, tag=True):
+    """Write a state into a file. Answered by a Reply."""
+
+    id: str
+    key: str
+    path: str
+
+
+class Import(msgspec.Struct, tag=True):
+    """Keep the state in a file, as Read does, once it was found to be good. Answered by a Reply."""
+
+    id: str
+    path: str
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -53,6 +107,23 @@ class TokenLogprob(msgspec.Struct, array_like=True):
     top: list[tuple[int, float]]
 
 
+class Trouble(msgspec.Struct):
+    """Why there is no state, with the HTTP status that fits: 400 the file that was given is wrong,
+    410 it is gone or damaged, 507 no memory or disk has room for it."""
+
+    status: int
+    message: str
+
+
+class State(msgspec.Struct, kw_only=True):
+    """A state that is kept: its key, tokens, bytes on the host, and the digest of its salt."""
+
+    key: str
+    count: int
+    bytes: int
+    salt: str
+
+
 class Output(msgspec.Struct, kw_only=True, omit_defaults=True):
     """News of one request.
 
@@ -63,6 +134,8 @@ class Output(msgspec.Struct, kw_only=True, omit_defaults=True):
     computed: prompt tokens folded in so far.
     cached:   prompt tokens that were taken from a checkpoint.
     started:  when its slot was taken, once known.
+    state:    what a Read has made.
+    trouble:  why a Read has made none, with finish "error".
     """
 
     id: str
@@ -73,6 +146,31 @@ class Output(msgspec.Struct, kw_only=True, omit_defaults=True):
     computed: int = 0
     cached: int = 0
     started: float | None = None
+    state: State | None = None
+    trouble: Trouble | None = None
+
+
+class Reply(msgspec.Struct, tag=True, kw_only=True):
+    """The answer to a Fetch, an Export or an Import: a state, or why there is none."""
+
+    id: str
+    state: State | None = None
+    trouble: Trouble | None = None
+
+
+class CacheStats(msgspec.Struct, kw_only=True):
+    """Checkpoints: tokens of prompts looked up and saved, requests that hit and that missed by
+    reason, all since the engine started; what lies in each tier; and how long files took to write
+    and to read since the last news."""
+
+    queried: int = 0
+    saved: int = 0
+    hits: int = 0
+    misses: dict[str, int] = {}
+    checkpoints: dict[str, int] = {}
+    bytes: dict[str, int] = {}
+    save_seconds: list[float] = []
+    load_seconds: list[float] = []
 
 
 class Stats(msgspec.Struct, kw_only=True):
@@ -89,6 +187,7 @@ class Stats(msgspec.Struct, kw_only=True):
     device_memory: int = 0
     device_free: int = 0
     device_total: int = 0
+    cache: CacheStats | None = None
 
 
 class Step(msgspec.Struct, tag=True, kw_only=True):
@@ -106,8 +205,8 @@ class Ready(msgspec.Struct, tag=True, kw_only=True):
     seconds: dict[str, float]
 
 
-ToEngine = Generate | Extend | Abort
-FromEngine = Ready | Step
+ToEngine = Generate | Extend | Read | Abort | Pin | Fetch | Export | Import
+FromEngine = Ready | Step | Reply
 
 
 def worker_of(id: str, workers: int) -> int:

@@ -67,6 +67,11 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of weights and activations; auto: bfloat16 on CUDA, float32 on the CPU"
     )
+    quantization: Literal["none", "int8", "fp8"] = Field(
+        "none",
+        description="of experts and linear layers, as they load; docs/quantization.md says what it "
+        "costs and saves",
+    )
     state_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the states; docs/state-dtype.md says which models bfloat16 suits"
     )
@@ -113,6 +118,19 @@ class Settings(BaseSettings):
         None,
         ge=1,
         description="token budget of one engine step; default: 8192 on CUDA, 2048 on the CPU",
+    )
+
+    prefix_caching: bool = Field(
+        True, description="keep checkpoints of states, so that a prefix is read once"
+    )
+    context_directory: Path | None = Field(
+        None, description="where states and contexts are kept as files; default: in memory only"
+    )
+    disk_cache_gb: float = Field(
+        100.0, ge=0, description="GB of files in context_directory, contexts included"
+    )
+    host_cache_gb: float = Field(
+        4.0, ge=0, description="GB of host memory for checkpoints that leave the device"
     )
 
     default_max_tokens: int = Field(
@@ -176,6 +194,16 @@ class Settings(BaseSettings):
     def keyless(self) -> Settings:
         """The same without any API key, for other processes."""
         return self.model_copy(update={"api_key": (), "api_key_file": None})
+
+    @property
+    def host_cache_bytes(self) -> int:
+        """Bytes of host memory for checkpoints."""
+        return int(self.host_cache_gb * 1e9)
+
+    @property
+    def disk_cache_bytes(self) -> int:
+        """Bytes of files for checkpoints and contexts."""
+        return int(self.disk_cache_gb * 1e9)
 
     @property
     def bundled(self) -> Path:

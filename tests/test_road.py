@@ -136,3 +136,35 @@ def test_seeds_repeat_in_any_company(server: Server) -> None:
 
     assert texts(1)[0] == texts(5)[0]
     assert len(set(texts(5))) > 1
+
+
+def test_a_context_is_read_once_and_outlives_the_server(tmp_path: Path) -> None:
+    """A text as a context: answers are those of the whole prompt, before and after a restart."""
+    flags = ["--context-directory", str(tmp_path), "--max-running", "4", "--threads", "1"]
+    asked = cases(1, 1500)[0]
+    document, question = asked.messages[0].content[:1400], asked.messages[0].content[1400:]
+    messages: list[Any] = [{"role": "system", "content": document}]
+    answers = []
+    for life in range(2):
+        server = Server(*flags)
+        try:
+            client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
+            if life == 0:
+                made = client.post("/contexts", body={"messages": messages}, cast_to=object)
+            assert isinstance(made, dict)
+            user = {"role": "user", "content": question}
+            for body in (
+                {"messages": [*messages, user], "extra_body": {"cache_salt": f"cold {life}"}},
+                {"messages": [user], "extra_body": {"context": made["id"]}},
+            ):
+                answer = client.chat.completions.create(
+                    model="recall", temperature=0, logprobs=True, max_tokens=30, **body
+                )  # type: ignore[call-overload]
+                said = answer.choices[0]
+                answers.append([entry.logprob for entry in said.logprobs.content])
+                cached = answer.usage.prompt_tokens_details.cached_tokens
+                assert cached == (made["tokens"] if "context" in body["extra_body"] else 0)
+        finally:
+            assert server.stop() == 0
+    for other in answers[1:]:
+        assert other == pytest.approx(answers[0], abs=1e-4)

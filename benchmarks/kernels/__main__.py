@@ -1,6 +1,6 @@
 """Kernels beside the floor of the card, measured in the same run, and beside FLA if installed.
 
-    python -m benchmarks.kernels [--peer-seconds 120] [--only prefill decode rowwise softmax]
+    python -m benchmarks.kernels [--peer-seconds 120] [--only attention ...]
 
 A floor is the time of a copy as large as what must be read and written once. Every work is checked
 against float64 before it is timed; times are those of a replayed CUDA graph.
@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from benchmarks.kernels import decode, prefill, rowwise, softmax
+from benchmarks.kernels import attention, decode, prefill, rowwise, softmax
 from benchmarks.result import Row, write
 from benchmarks.timing import copy_bandwidth, gemm_rate
 
@@ -22,6 +22,7 @@ GROUPS = {
     "decode": decode.rows,
     "rowwise": rowwise.rows,
     "softmax": softmax.rows,
+    "attention": attention.rows,
 }
 
 

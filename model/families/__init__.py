@@ -62,6 +62,12 @@ def build(fields: Fields, parameters: Parameters) -> Family:
             f"{fields.source}: architecture {fields.architecture!r} is not served; "
             f"served are {', '.join(FAMILIES)}"
         )
+    method = fields.values.get("quantization_config")
+    if method is not None:
+        raise ConfigError(
+            f"{fields.source}: quantization_config is {method!r}: a checkpoint that is quantised "
+            "already is not served, one in floats is, quantised by --quantization as it loads"
+        )
     return family(fields, parameters)
 
 

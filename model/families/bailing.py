@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from kernels.linear import linear
 from kernels.residual_rmsnorm import add_rmsnorm_
 from kernels.rmsnorm import rmsnorm
 from kernels.rmsnorm_gate import rmsnorm_gate
@@ -80,7 +81,6 @@ class BailingConfig:
         fields.only("moe_router_enable_expert_bias", True)
         fields.only("num_nextn_predict_layers", 0, None)
         fields.only("use_sliding_window", False, None)
-        fields.only("quantization_config", None)
         fields.only("decay_layer_factor", *LAYER_FACTORS)
         hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
         kv_heads = fields.integer("num_key_value_heads")
@@ -172,12 +172,12 @@ class LightningMixer:
         self.lightning = Lightning(index, slopes, scale=self.dim**-0.5)
 
     def __call__(self, h: torch.Tensor, step: Step) -> torch.Tensor:
-        projected = F.linear(h, self.qkv_gate)
+        projected = linear(h, self.qkv_gate)
         q, k, v, gate = projected.unflatten(1, (4, self.heads, self.dim)).unbind(1)
         q, k = self.query_key_norm(q, k, step)
         o = self.lightning(q, k, v, step.batch, step.store).flatten(1)
         o = rmsnorm_gate(o, gate.flatten(1), self.norm, self.eps, groups=self.groups)
-        return F.linear(o, self.out)
+        return linear(o, self.out)
 
 
 class SoftmaxMixer:
@@ -194,11 +194,11 @@ class SoftmaxMixer:
         self.softmax = Softmax(index, self.dim**-0.5)
 
     def __call__(self, h: torch.Tensor, step: Step) -> torch.Tensor:
-        qkv = F.linear(h, self.qkv).unflatten(1, (-1, self.dim))
+        qkv = linear(h, self.qkv).unflatten(1, (-1, self.dim))
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = self.query_key_norm(q, k, step)
         o = self.softmax(q, k, v, step.batch, step.store)
-        return F.linear(o.flatten(1), self.out)
+        return linear(o.flatten(1), self.out)
 
 
 class Routed:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.gated import silu_
+from kernels.linear import linear
 from kernels.residual_rmsnorm import residual_rmsnorm
 from kernels.rmsnorm import rmsnorm
 from kernels.rmsnorm_gate import rmsnorm_gate
@@ -114,7 +115,6 @@ class MiniMaxConfig:
         layout = LAYOUTS[fields.architecture]
         fields.only("hidden_act", "silu")
         fields.only("attention_dropout", 0, 0.0, None)
-        fields.only("quantization_config", None)
         fields.without("decay_layer_factor", "only one is published for this architecture")
         fields.only("postnorm", True)
         fields.only("shared_intermediate_size", 0, None)
@@ -203,12 +203,12 @@ class LightningMixer:
 
     def __call__(self, h: torch.Tensor, step: Step) -> torch.Tensor:
         width = self.heads * self.dim
-        projected = F.linear(h, self.qkv_gate)
+        projected = linear(h, self.qkv_gate)
         qkv = silu_(projected[:, : 3 * width])
         q, k, v = qkv.unflatten(1, (self.heads, 3, self.dim)).unbind(2)
         o = self.lightning(q, k, v, step.batch, step.store)
         o = rmsnorm_gate(o.flatten(1), projected[:, 3 * width :], self.norm, OUTPUT_NORM_EPS)
-        return F.linear(o, self.out)
+        return linear(o, self.out)
 
 
 class SoftmaxMixer:
@@ -231,11 +231,11 @@ class SoftmaxMixer:
         self.softmax = Softmax(index, self.dim**-0.5, window)
 
     def __call__(self, h: torch.Tensor, step: Step) -> torch.Tensor:
-        qkv = F.linear(h, self.qkv).unflatten(1, (-1, self.dim))
+        qkv = linear(h, self.qkv).unflatten(1, (-1, self.dim))
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = rotary(q, step.cos, step.sin), rotary(k, step.cos, step.sin)
         o = self.softmax(q, k, v, step.batch, step.store)
-        return F.linear(o.flatten(1), self.out)
+        return linear(o.flatten(1), self.out)
 
 
 class Routed:

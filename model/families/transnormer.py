@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.gated import silu_
+from kernels.linear import linear
 from kernels.lrpe import lrpe
 from kernels.residual_rmsnorm import add_rmsnorm_
 from kernels.rmsnorm import rmsnorm
@@ -50,7 +51,6 @@ class TransNormerConfig:
         fields.only("glu_act", "none")
         fields.only("bias", False)
         fields.only("gate_dim", None)
-        fields.only("quantization_config", None)
         fields.without("decay_layer_factor", "only one is published for this architecture")
         dim = fields.integer("decoder_embed_dim")
         hidden = fields.integer("hidden_dim")
@@ -101,7 +101,7 @@ class LightningMixer:
         self.lightning = Lightning(index, slopes, scale=1.0)
 
     def __call__(self, h: torch.Tensor, batch: Batch, store: Store) -> torch.Tensor:
-        projected = F.linear(h, self.qkvu)
+        projected = linear(h, self.qkvu)
         qk = silu_(projected[:, : 2 * self.width]).unflatten(1, (2 * self.heads, self.dim))
         if self.theta is not None:
             qk = lrpe(qk, self.theta.squeeze(1), batch.positions)
@@ -109,7 +109,7 @@ class LightningMixer:
         v, u = projected[:, 2 * self.width :].chunk(2, dim=1)
         o = self.lightning(q, k, v.unflatten(1, (self.heads, self.dim)), batch, store)
         o = rmsnorm_gate(o.flatten(1), u, None, EPS, sigmoid=False)
-        return F.linear(o, self.out)
+        return linear(o, self.out)
 
 
 class GatedUnit:
@@ -122,8 +122,8 @@ class GatedUnit:
         self.out = parameters.matrix(f"{prefix}.l3.weight", config.dim, config.glu)
 
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
-        one, two = F.linear(h, self.both).chunk(2, dim=1)
-        return F.linear(one * two, self.out)
+        one, two = linear(h, self.both).chunk(2, dim=1)
+        return linear(one * two, self.out)
 
 
 class TransNormer:

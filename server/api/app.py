@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from server import __version__
-from server.api import chat, completions, models
+from server.api import chat, completions, contexts, models
 from server.api.gate import Gate, error_headers
 from server.api.service import Service, TheService
 from server.api.stream import JSON
@@ -37,7 +37,7 @@ def create_app(service: Service) -> FastAPI:
         openapi_url=None,
     )
     app.state.service = service
-    for router in (chat.router, completions.router, models.router):
+    for router in (chat.router, completions.router, contexts.router, models.router):
         app.include_router(router)
     app.add_api_route("/health", health, methods=["GET", "HEAD"])
     app.add_api_route("/version", version, methods=["GET"])

@@ -39,7 +39,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
     "priority": (0,),
-    "cache_salt": (),
     "structured_outputs": (),
     "structural_tag": (),
     "guided_json": (),

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.choice import Piece, TokenChoice
+from server.api.continuing import after_messages, open_context, template_kwargs
 from server.api.disconnect import unless_disconnected
 from server.api.generate import Generation, Prompt, begun, options_of, start
 from server.api.logs import Record
@@ -39,32 +40,38 @@ async def chat(request: Request, service: TheService) -> Response:
         "system_fingerprint": service.capacity.fingerprint or None,
     }
     if body.stream:
-        generation = await unless_disconnected(request, _begin(service, body, record))
+        generation = await unless_disconnected(request, _begin(service, body, request))
         return EventStream(
             _chunks(body, head, generation),
             generation,
             record,
             keepalive_seconds=service.settings.keepalive_seconds,
         )
-    return JSON(await unless_disconnected(request, _whole(service, body, head, record)))
+    return JSON(await unless_disconnected(request, _whole(service, body, head, request)))
 
 
 async def encode_messages(service: Service, body: TemplateBody, messages: list[Message]) -> Pieces:
     """A conversation on its way to ids."""
     ending = body.add_generation_prompt
-    effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
     return await service.tokenizer.chat_pieces(
         for_template(messages),
         add_generation_prompt=not body.continue_final_message if ending is None else ending,
         continue_final_message=body.continue_final_message,
         add_special_tokens=bool(body.add_special_tokens),
         tools=[tool.for_template() for tool in body.offered],
-        kwargs=body.chat_template_kwargs | effort,
+        kwargs=template_kwargs(body),
     )
 
 
-async def _begin(service: Service, body: ChatBody, record: Record) -> Generation:
-    prompt = await begun(service, await encode_messages(service, body, body.messages))
+async def _begin(service: Service, body: ChatBody, request: Request) -> Generation:
+    if body.context is None:
+        pieces = await encode_messages(service, body, body.messages)
+        prompt = await begun(service, pieces, ends=service.tokenizer.boundaries)
+    else:
+        context = await open_context(
+            service, body.context, request.state.owner, salt=body.cache_salt
+        )
+        prompt = await after_messages(service, context, body)
     options = options_of(
         body,
         service,
@@ -72,7 +79,7 @@ async def _begin(service: Service, body: ChatBody, record: Record) -> Generation
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     thinking = partial(_thinking, service, body) if service.tells_reasoning else None
-    return await start(service, [prompt], options, record, thinking=thinking)
+    return await start(service, [prompt], options, request.state.record, thinking=thinking)
 
 
 def _thinking(service: Service, body: ChatBody, prompt: Prompt) -> bool:
@@ -87,9 +94,9 @@ def _thinking(service: Service, body: ChatBody, prompt: Prompt) -> bool:
 
 
 async def _whole(
-    service: Service, body: ChatBody, head: Mapping[str, Any], record: Record
+    service: Service, body: ChatBody, head: Mapping[str, Any], request: Request
 ) -> dict[str, Any]:
-    generation = await _begin(service, body, record)
+    generation = await _begin(service, body, request)
     try:
         pieces = await generation.complete()
     finally:

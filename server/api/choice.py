@@ -33,6 +33,7 @@ class Options:
     stop_token_ids: tuple[int, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
+    salt: str = ""
     thinking: bool | None = None  # None: reasoning is not told apart; True: the prompt opened it
     sampling: Sampling
 

@@ -10,7 +10,7 @@ import secrets
 import shutil
 from asyncio.subprocess import Process
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -26,11 +26,17 @@ from server.engine.line import LEDGER, address, outbox_name
 from server.errors import EngineDeadError
 from server.protocol import (
     Abort,
+    Export,
     Extend,
+    Fetch,
     FromEngine,
     Generate,
+    Import,
     Output,
+    Pin,
+    Read,
     Ready,
+    Reply,
     Stats,
     Step,
     ToEngine,
@@ -63,11 +69,12 @@ class EngineStream:
         self._outputs.append(output)
         self._news.set()
 
-    def extend(self, tokens: bytes, *, more: bool) -> None:
+    def extend(self, tokens: bytes, *, more: bool, boundaries: Sequence[int] = ()) -> None:
         """Send more of a prompt that was submitted with `more`."""
         self._sent += len(tokens) // 4
         counted = max(self.prompt_tokens, self._sent) if more else self._sent
-        self._client.extend(self, Extend(self.id, tokens, more), counted)
+        message = Extend(id=self.id, tokens=tokens, more=more, boundaries=list(boundaries))
+        self._client.extend(self, message, counted)
 
     def wake(self) -> None:
         """Let the consumer see that the engine is gone."""
@@ -131,6 +138,7 @@ class EngineClient:
         self._waiting_tokens = 0
         self._capacity: Capacity | None = None
         self._streams: dict[str, EngineStream] = {}
+        self._calls: dict[str, asyncio.Future[Reply]] = {}
         self._changed = asyncio.Event()  # ready or dead
         self._epitaph = "the engine is shutting down"
         self._closing = False
@@ -222,13 +230,14 @@ class EngineClient:
         """An id that no other request has, and whose Outputs come here."""
         return f"{self.worker}.{secrets.token_hex(12)}"
 
-    def submit(self, generate: Generate) -> EngineStream:
+    def submit(self, generate: Generate | Read) -> EngineStream:
         """Send a request. ValueError: its id is live; EngineDeadError: there is no engine."""
         self.check_alive()
         if generate.id in self._streams:
             raise ValueError(f"request {generate.id!r} is under way")
         stream = EngineStream(self, generate.id, len(generate.tokens) // 4)
-        stream.prompt_tokens = max(stream.prompt_tokens, generate.expected)
+        if isinstance(generate, Generate):
+            stream.prompt_tokens = max(stream.prompt_tokens, generate.expected)
         self._streams[stream.id] = stream
         self._waiting_requests += 1
         self._waiting_tokens += stream.prompt_tokens
@@ -245,6 +254,20 @@ class EngineClient:
             self._enter()
         stream.prompt_tokens = prompt_tokens
         self._send(message)
+
+    async def call(self, message: Fetch | Export | Import) -> Reply:
+        """Ask about a state, and wait for the answer. EngineDeadError: there is no engine."""
+        self.check_alive()
+        self._calls[message.id] = answer = asyncio.get_running_loop().create_future()
+        self._send(message)
+        try:
+            return await answer
+        finally:
+            del self._calls[message.id]
+
+    def pin(self, key: str, change: int) -> None:
+        """One context more, or fewer, is of a state."""
+        self._send(Pin(key, change))
 
     def forget(self, stream: EngineStream) -> None:
         """Abort a closed stream's request, unless it has ended."""
@@ -305,12 +328,16 @@ class EngineClient:
         decoder = msgspec.msgpack.Decoder(FromEngine)
         try:
             for number in itertools.count(1):
-                message: Ready | Step = decoder.decode(await self._inbox.recv())
+                message: FromEngine = decoder.decode(await self._inbox.recv())
                 if isinstance(message, Ready):
                     self._capacity, self.seconds = message.capacity, message.seconds
                     self.stats = message.stats
                     self.is_ready = True
                     self._changed.set()
+                elif isinstance(message, Reply):
+                    answer = self._calls.get(message.id)
+                    if answer is not None and not answer.done():
+                        answer.set_result(message)
                 else:
                     self._deliver(message)
                 # recv() does not yield while messages are queued: what has piled up is delivered
@@ -371,6 +398,9 @@ class EngineClient:
         for stream in self._streams.values():
             stream.wake()
         self._streams.clear()
+        for answer in self._calls.values():
+            if not answer.done():
+                answer.set_exception(EngineDeadError(self._epitaph))
         self._waiting_requests = self._waiting_tokens = 0
         self._enter()
 
@@ -389,5 +419,7 @@ def merge(outputs: list[Output]) -> Output:
         error=last.error,
         computed=max(output.computed for output in outputs),
         cached=max(output.cached for output in outputs),
+        state=last.state,
+        trouble=last.trouble,
         started=next((o.started for o in outputs if o.started is not None), None),
     )

@@ -12,10 +12,12 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.choice import Piece, TokenChoice
+from server.api.continuing import after_text, after_tokens, open_context
 from server.api.detokenizer import UNFINISHED
 from server.api.disconnect import unless_disconnected
 from server.api.generate import Generation, Prompt, begun, check_tokens, options_of, start
 from server.api.logs import Record
+from server.api.registry import Record as Context
 from server.api.schemas import CompletionBody
 from server.api.service import Service, TheService
 from server.api.stream import JSON, EventStream
@@ -40,35 +42,44 @@ async def completions(request: Request, service: TheService) -> Response:
         "system_fingerprint": service.capacity.fingerprint or None,
     }
     if body.stream:
-        generation = await unless_disconnected(request, _begin(service, body, record))
+        generation = await unless_disconnected(request, _begin(service, body, request))
         return EventStream(
             _chunks(body, head, generation),
             generation,
             record,
             keepalive_seconds=service.settings.keepalive_seconds,
         )
-    return JSON(await unless_disconnected(request, _whole(service, body, head, record)))
+    return JSON(await unless_disconnected(request, _whole(service, body, head, request)))
 
 
-async def _begin(service: Service, body: CompletionBody, record: Record) -> Generation:
+async def _begin(service: Service, body: CompletionBody, request: Request) -> Generation:
     if len(body.prompt) > service.settings.max_n:
         raise RequestError(
             f"prompt: at most max_n = {service.settings.max_n} prompts, got {len(body.prompt)}",
             param="prompt",
         )
-    prompts = [await _prompt(service, body, prompt) for prompt in body.prompt]
+    context = None
+    if body.context is not None:
+        context = await open_context(
+            service, body.context, request.state.owner, salt=body.cache_salt
+        )
+    prompts = [await _prompt(service, body, prompt, context) for prompt in body.prompt]
     options = options_of(body, service, max_tokens=body.max_tokens, logprobs=body.logprobs)
-    return await start(service, prompts, options, record)
+    return await start(service, prompts, options, request.state.record)
 
 
-async def _prompt(service: Service, body: CompletionBody, prompt: str | list[int]) -> Prompt:
+async def _prompt(
+    service: Service, body: CompletionBody, prompt: str | list[int], context: Context | None
+) -> Prompt:
     if isinstance(prompt, str):
+        if context is not None:
+            return await after_text(service, context, prompt)
         special = body.add_special_tokens
         pieces = service.tokenizer.pieces(prompt, add_special_tokens=special)
         return await begun(service, pieces, prompt)
     tokens = await service.off_loop(len(prompt), partial(_checked, service, prompt))
     text = await service.tokenizer.decode_long(prompt) if body.echo else None
-    return Prompt(tokens, text)
+    return Prompt(tokens, text) if context is None else after_tokens(context, tokens, text)
 
 
 def _checked(service: Service, ids: list[int]) -> array[int]:
@@ -77,9 +88,9 @@ def _checked(service: Service, ids: list[int]) -> array[int]:
 
 
 async def _whole(
-    service: Service, body: CompletionBody, head: Mapping[str, Any], record: Record
+    service: Service, body: CompletionBody, head: Mapping[str, Any], request: Request
 ) -> dict[str, Any]:
-    generation = await _begin(service, body, record)
+    generation = await _begin(service, body, request)
     try:
         pieces = await generation.complete()
     finally:

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.limits import Keys
 from server.api.logs import Record
+from server.api.registry import owner_of
 from server.api.service import SHUTTING_DOWN, Service
 from server.errors import AuthenticationError, EngineDeadError, SteadystateError, TooLargeError
 from server.logs import log
@@ -72,8 +73,10 @@ class Gate:
     async def _pass(self, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
         headers, path = Headers(scope=scope), record.path
         try:
-            if path not in OPEN and not self.keys.accept(_key(headers)):
+            key = _key(headers)
+            if path not in OPEN and not self.keys.accept(key):
                 raise AuthenticationError("missing or wrong API key")
+            scope["state"]["owner"] = owner_of(key) if self.keys else ""
             if path not in ALWAYS:
                 self.service.check()
             declared = headers.get("content-length", "")

@@ -27,29 +27,49 @@ from server.api.service import Service
 from server.errors import ContextLengthError, RequestError
 from server.protocol import Generate, pack_tokens
 
+Ends = Callable[["array[int]"], list[int]]
+
 
 @dataclass(slots=True)
 class Prompt:
-    """Ids to continue, as far as they are known, and their text where that will be echoed."""
+    """Ids to continue, as far as they are known, their text where it is known and will be echoed,
+    and where messages end.
+
+    With `base`, the key of a state, the ids follow its first `before` tokens; its last `drop` ones
+    are replaced.
+    """
 
     tokens: array[int]
     text: str | None = None
+    boundaries: Sequence[int] = ()
+    base: str = ""
+    before: int = 0
+    drop: int = 0
     rest: Pieces | None = None  # what is not yet ids
+    ends: Ends | None = None  # finds where messages end in it
+
+    def __len__(self) -> int:
+        return self.before + len(self.tokens)
 
     @property
     def expected(self) -> int:
         """How many ids it will have, about."""
-        return len(self.tokens) if self.rest is None else self.rest.expected
+        return len(self) if self.rest is None else self.rest.expected
 
-    async def complete(self) -> array[int]:
-        """All its ids."""
-        if self.rest is not None:
-            self.tokens.extend(await self.rest.all())
+    async def extend(self) -> tuple[array[int], list[int]]:
+        """The next piece of the rest, and where messages end in it, from the prompt's beginning."""
+        assert self.rest is not None
+        start = len(self)
+        piece = await anext(self.rest)
+        self.tokens.extend(piece)
+        if self.rest.done:
             self.rest = None
-        return self.tokens
+        return piece, [start + end for end in self.ends(piece)] if self.ends else []
 
 
-async def begun(service: Service, pieces: Pieces, text: str | None = None) -> Prompt:
+async def begun(
+    service: Service, pieces: Pieces, text: str | None = None, *, ends: Ends | None = None
+) -> Prompt:
     """A prompt whose first piece is known. ContextLengthError when its bytes say beforehand that
     it cannot fit."""
     limit, most = service.capacity.max_model_len, service.tokenizer.most_bytes
@@ -60,7 +80,8 @@ async def begun(service: Service, pieces: Pieces, text: str | None = None) -> Pr
             param="prompt",
         )
     tokens = await anext(pieces)
-    return Prompt(tokens, text, None if pieces.done else pieces)
+    rest = None if pieces.done else pieces
+    return Prompt(tokens, text, ends(tokens) if ends else (), rest=rest, ends=ends)
 
 
 class Generation:
@@ -69,7 +90,7 @@ class Generation:
     def __init__(self, prompts: Sequence[Prompt], n: int, record: Record) -> None:
         self.prompts = prompts
         self.choices: list[Choice] = []
-        self.prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
+        self.prompt_tokens = sum(map(len, prompts))
         self._n = n
         self._record = record
         self._tasks: list[asyncio.Task[None]] = []
@@ -201,7 +222,7 @@ async def start(
     generation = Generation(prompts, options.n, record)
     for index, stream in enumerate(streams):
         prompt = prompts[index // options.n]
-        timeline = Timeline(record.arrived, len(prompt.tokens), submitted)
+        timeline = Timeline(record.arrived, len(prompt), submitted)
         told = options if thinking is None else replace(options, thinking=thinking(prompt))
         generation.choices.append(Choice(index, stream, told, service, prompt.tokens, timeline))
     return generation
@@ -223,6 +244,10 @@ def _submit(service: Service, prompts: Sequence[Prompt], options: Options) -> li
                 stop_token_ids=sorted({*options.stop_token_ids, *eos_ids}),
                 more=prompt.rest is not None,
                 expected=prompt.expected,
+                salt=options.salt,
+                boundaries=list(prompt.boundaries),
+                base=prompt.base,
+                drop=prompt.drop,
             )
             streams.append(service.client.submit(generate))
     return streams
@@ -233,14 +258,11 @@ async def _feed(
 ) -> None:
     """Send the rest of a prompt as it becomes ids; stop where it turns out to be too long."""
     while prompt.rest is not None and not all(stream.ended for stream in streams):
-        piece = await anext(prompt.rest)
-        prompt.tokens.extend(piece)
-        if prompt.rest.done:
-            prompt.rest = None
+        piece, ends = await prompt.extend()
         _check_length(service, prompt, options)
         packed = pack_tokens(piece)
         for stream in streams:
-            stream.extend(packed, more=prompt.rest is not None)
+            stream.extend(packed, more=prompt.rest is not None, boundaries=ends)
 
 
 def seed_of(seed: int | None, copy: int) -> int:
@@ -279,6 +301,7 @@ def options_of(
         stop_token_ids=tuple(body.stop_token_ids),
         include_stop=body.include_stop_str_in_output,
         skip_special_tokens=body.skip_special_tokens,
+        salt=body.cache_salt or "",
         thinking=thinking,
         sampling=Sampling(
             temperature=chosen.get("temperature", 1.0),
@@ -312,8 +335,8 @@ def _check_ids(service: Service, options: Options) -> None:
 def _check_length(service: Service, prompt: Prompt, options: Options) -> None:
     """Raise RequestError unless prompt and wish fit, as far as the prompt is known."""
     capacity = service.capacity
-    size, limit = len(prompt.tokens), capacity.max_model_len
-    if not size:
+    size, limit = len(prompt), capacity.max_model_len
+    if not len(prompt.tokens):
         raise RequestError("the prompt must have at least 1 token, got 0", param="prompt")
     wish = options.max_tokens or 1
     if limit is not None and size + wish > limit:

@@ -24,6 +24,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
+from server.api.cache import CacheMetrics
 from server.api.client import EngineClient
 from server.protocol import Output, Stats, Step
 
@@ -89,6 +90,7 @@ class Metrics:
             self._success.labels(model, reason)
 
         self._gauges = Gauges(model)
+        self._cache = CacheMetrics(self.registry, model)
         self._ttft = histogram(
             "time_to_first_token_seconds", "arrival to first token", FIRST_TOKEN_SECONDS
         )
@@ -127,6 +129,8 @@ class Metrics:
         processes the first one counts these, because it hears of all."""
         self._gauges.client = client
         if client.worker == 0:
+            if client.stats.cache is not None:
+                self._cache.update(client.stats.cache)
             client.observers.append(self.step)
 
     def step(self, step: Step) -> None:
@@ -135,6 +139,8 @@ class Metrics:
             self._iteration.observe(step.stats.step_tokens)
         self._preemptions.inc(max(0, step.stats.preemptions - self._preempted))
         self._preempted = step.stats.preemptions
+        if step.stats.cache is not None:
+            self._cache.update(step.stats.cache)
 
     def output(self, timeline: Timeline, output: Output, now: float) -> None:
         """News of a generation: its slot, prompt tokens read, tokens generated."""

@@ -24,6 +24,7 @@ from server.api.body import UNSUPPORTED, Body, shown
 from server.api.tools import CallList, ToolFields, check_size
 
 Name = Annotated[str, StringConstraints(max_length=limits.MAX_NAME_CHARS)]
+Salt = Annotated[str, StringConstraints(min_length=1, max_length=limits.MAX_NAME_CHARS)]
 TokenId = Annotated[int, Field(ge=0, le=limits.MAX_TOKENS)]
 
 
@@ -75,6 +76,7 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
     user: Name | None = None
     request_id: Name | None = None
+    cache_salt: Salt | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -258,6 +260,7 @@ class ChatBody(GenerationBody, TemplateBody):
     """POST /v1/chat/completions."""
 
     messages: Messages
+    context: Name | None = None
     max_completion_tokens: int | None = Field(None, ge=1, le=limits.MAX_TOKENS)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=limits.MAX_TOP_LOGPROBS)
@@ -286,6 +289,7 @@ class CompletionBody(GenerationBody):
     refused = {name: value for name, value in UNSUPPORTED.items() if name != "echo"}
 
     prompt: list[str] | list[list[int]]
+    context: Name | None = None
     max_tokens: int = Field(16, ge=1, le=limits.MAX_TOKENS)
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool = False

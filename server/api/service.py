@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -17,6 +19,7 @@ from server.api.client import EngineClient
 from server.api.fetch import fetch
 from server.api.limits import Queue
 from server.api.metrics import Metrics
+from server.api.registry import Registry
 from server.api.tokenizer import Tokenizer
 from server.errors import EngineDeadError, NotFoundError
 from server.logs import log
@@ -29,6 +32,7 @@ B = TypeVar("B", bound=Body)
 T = TypeVar("T")
 
 INLINE_SIZE = 262_144  # what is larger would hold up every stream
+PURGE_SECONDS = 10.0  # how often contexts are looked at, whether their time has come
 SHUTTING_DOWN = "the server is shutting down"
 
 
@@ -63,6 +67,8 @@ class Service:
         self.client: EngineClient
         self.capacity: Capacity
         self.eos_ids: tuple[int, ...] = ()
+        self.contexts: Registry
+        self.scratch: Path  # for files that come and go
         self.tells_reasoning = False
         self._start_engine = start_engine
         self._fetch = fetch
@@ -147,14 +153,32 @@ class Service:
             self.capacity = self.client.capacity
             width = self.capacity.vocab_size  # an id beyond it cannot be drawn
             self.eos_ids = tuple(id for id in self.tokenizer.eos_ids if id < width)
+            self._open_contexts()
             self.metrics.attach(self.client)
             if self.state == "starting":
                 self.state = "ready"
-            await self.client.died.wait()
+            purging = asyncio.create_task(self._purge(), name="contexts")
+            try:
+                await self.client.died.wait()
+            finally:
+                purging.cancel()
             self._fail("the engine process died")
         except Exception as error:
             log.debug("start-up failed", exc_info=True)
             self._fail(f"start-up failed: {error}")
+
+    def _open_contexts(self) -> None:
+        directory = self.settings.context_directory
+        self.contexts = Registry(directory, self.capacity.fingerprint)
+        self.scratch = Path(tempfile.mkdtemp(prefix="steadystate-"))
+        self._closers.append(lambda: shutil.rmtree(self.scratch, ignore_errors=True))
+
+    async def _purge(self) -> None:
+        """Take out contexts whose time has come."""
+        while True:
+            for record in await asyncio.to_thread(self.contexts.purge):
+                self.client.pin(record.key, -1)
+            await asyncio.sleep(PURGE_SECONDS)
 
     def _fail(self, why: str) -> None:
         self.failure = why

@@ -73,6 +73,7 @@ class ChatTemplate:
         self.names = sorted(self.controls, key=len, reverse=True)
         self.pattern = re.compile(f"({'|'.join(map(re.escape, self.names)) or '(?!)'})")
         self._lists = bool(self._source) and self._wants_lists()
+        self.closing = self._closing()
         self._reserved = RESERVED | set(tokenizer.special_tokens_map)
 
     def mentions(self, text: str) -> bool:
@@ -178,6 +179,12 @@ class ChatTemplate:
         as_string = self._try(PROBE)
         as_list = self._try([{"type": "text", "text": PROBE}])
         return PROBE not in as_string and PROBE in as_list and "'text'" not in as_list
+
+    def _closing(self) -> int | None:
+        """The control token that the template puts last into a message, or after it."""
+        text = self._try([{"type": "text", "text": PROBE}] if self._lists else PROBE)
+        after = self.pattern.findall(text.partition(PROBE)[2])
+        return self.controls[after[0]] if after else None
 
     def _try(self, content: Any) -> str:
         try:

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -127,6 +128,37 @@ class Tokenizer:
     ) -> array[int]:
         """Ids of a conversation, all of them; options are those of chat_pieces()."""
         return await (await self.chat_pieces(messages, **options)).all()
+
+    def boundaries(self, tokens: array[int]) -> list[int]:
+        """Where the messages of an encoded conversation end: positions after a closing token."""
+        if self.template.closing is None:
+            return []
+        ids = numpy.frombuffer(tokens, dtype=numpy.int32)
+        ends: list[int] = (numpy.flatnonzero(ids == self.template.closing) + 1).tolist()
+        return ends
+
+    async def encode_after(self, tail: array[int], text: str) -> tuple[int, array[int]]:
+        """How text goes on after tokens: how many of these become others, and all that follow.
+
+        The end of what was there is encoded again together with the text. Where it does not come
+        out as the tokens that were there, text begins with a token of its own.
+        """
+
+        def work() -> tuple[int, array[int]]:
+            for start in range(min(8, len(tail))):
+                before = tail[start:]
+                begin = self.decode(before)
+                if encode(self._backend, begin) != before:
+                    continue
+                whole = encode(self._backend, begin + text)
+                same = next(
+                    (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b),
+                    min(len(before), len(whole)),
+                )
+                return len(before) - same, whole[same:]
+            return 0, encode(self._backend, text)
+
+        return await self.run(work)
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of ids, all at once."""

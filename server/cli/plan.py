@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SETTINGS = (
     *("revision", "hub_token", "hub_cache", "hub_offline"),
-    *("dtype", "state_dtype", "ring", "memory_fraction", "max_step_tokens"),
+    *("dtype", "quantization", "state_dtype", "ring", "memory_fraction", "max_step_tokens"),
 )
 GB = 1_000_000_000
 
@@ -46,12 +46,6 @@ def add_parser(commands: Any) -> None:
         help="kind of GPU, or the GB of memory that one has (default: h200)",
     )
     parser.add_argument("--gpus", type=_count, default=1, metavar="N", help="how many (default: 1)")
-    parser.add_argument(
-        "--quantization",
-        choices=("none", "int8", "fp8"),
-        default="none",
-        help="of experts and linear layers (default: none)",
-    )
     parser.add_argument(
         "--context", type=_count, metavar="T", help="tokens of a sequence; default: a table"
     )
@@ -111,7 +105,7 @@ def _plan(settings: Settings, arguments: argparse.Namespace) -> Plan:
         taken,
         gpu_bytes=gpu_bytes,
         gpus=arguments.gpus,
-        quantization=arguments.quantization,
+        quantization=settings.quantization,
         max_running=arguments.concurrency or 256,
         memory_fraction=settings.memory_fraction,
         step_tokens=settings.max_step_tokens or 8192,

@@ -25,6 +25,7 @@ def load(settings: Settings, *, seed: int | None = None) -> LoadedRunner:
         state_memory_gb=settings.state_memory_gb,
         max_model_len=settings.max_model_len,
         max_step_tokens=settings.max_step_tokens,
+        quantization=settings.quantization,
         state_dtype=settings.state_dtype,
         ring=settings.ring,
         decay_layer_factor=settings.decay_layer_factor,

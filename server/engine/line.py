@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from server.protocol import FromEngine, Output, Step, worker_of
+from server.protocol import FromEngine, Output, Reply, Step, worker_of
 
 LINGER_MS = 1000  # how long the last messages may take to leave when the engine ends
 GAUGES_SECONDS = 0.1  # how often those hear of gauges for whom a step has nothing else
@@ -56,6 +56,9 @@ class Line:
             self._outboxes[0].send(self._encoder.encode(message))
         elif isinstance(message, Step):
             self._send_shares(message)
+        elif isinstance(message, Reply):
+            worker = worker_of(message.id, self._workers)
+            self._outboxes[worker].send(self._encoder.encode(message))
         else:
             for outbox in self._outboxes:
                 outbox.send(self._encoder.encode(message))

@@ -10,26 +10,35 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
 from model.chunk import OutOfDeviceMemory, Runner
-from server.engine.scheduler import Scheduler, Work
+from server.engine.scheduler import Scheduler
+from server.engine.work import Work
 from server.protocol import (
     Abort,
+    Export,
     Extend,
+    Fetch,
     FromEngine,
+    Import,
     Output,
+    Pin,
     Ready,
+    Reply,
     Stats,
     Step,
     ToEngine,
+    Trouble,
 )
 
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 0.5  # how often an idle engine looks whether it is still wanted
+FILE_SECONDS = 0.001  # how often one looks whether files have been read or written
 MEMORY_SECONDS = 0.5  # how often device memory is measured
 
 
@@ -65,14 +74,25 @@ class Loop:
         line: Mailbox,
         *,
         clock: Callable[[], float] = time.monotonic,
+        caching: bool = False,
+        host_bytes: int = 0,
+        directory: Path | None = None,
+        disk_bytes: int = 0,
     ) -> None:
         self.runner = runner
         self.line = line
         self.clock = clock
-        self.scheduler = Scheduler(runner.capacity, max_step_tokens=runner.max_step_tokens)
+        self.scheduler = Scheduler(
+            runner.capacity,
+            max_step_tokens=runner.max_step_tokens,
+            caching=caching,
+            host_bytes=host_bytes,
+            directory=directory,
+            disk_bytes=disk_bytes,
+        )
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._memory = (0, 0, 0)  # held, free, in all
-        self._stuck = False  # the last turn found nothing to compute: more of a prompt is to come
+        self._stuck = False  # the last turn found nothing to compute
         self._measured = -MEMORY_SECONDS
 
     def run(self, wanted: Callable[[], bool]) -> None:
@@ -87,19 +107,36 @@ class Loop:
     def turn(self, idle_seconds: float = 0.0) -> None:
         """Read the inbox, waiting only when idle; compute one step; publish what it brought."""
         outputs: list[Output] = []
-        idle = self.scheduler.idle or self._stuck
-        for data in self.line.receive(idle_seconds if idle else 0.0):
+        messages = self.line.receive(self._patience(idle_seconds))
+        for data in messages:
             outputs += self._read(data)
+        states = self.scheduler.states
+        if states is not None and not messages and self.scheduler.idle and not states.expecting:
+            states.rest()
         work = self.scheduler.schedule(self.clock())
         if work.copies:
             self.runner.copy(work.copies)
+            if states is not None:
+                states.copied()
         self._stuck = not work.chunks
         if work.chunks:
             outputs += self._compute(work)
+        for news in states.take_news() if states is not None else ():
+            if isinstance(news, Output):
+                outputs.append(news)
+            else:
+                self.line.send(news)
         if outputs:
             self.line.send(Step(outputs=outputs, stats=self.stats(work.tokens)))
         if self.scheduler.idle:
             self.scheduler.check_integrity()
+
+    def _patience(self, idle_seconds: float) -> float:
+        """How long to wait for messages: not at all while there is something to compute."""
+        if self.scheduler.pressing or not (self.scheduler.idle or self._stuck):
+            return 0.0
+        states = self.scheduler.states
+        return FILE_SECONDS if states is not None and states.expecting else idle_seconds
 
     def stats(self, step_tokens: int = 0) -> Stats:
         """The gauges now; device memory is measured twice a second."""
@@ -132,6 +169,12 @@ class Loop:
             return self.scheduler.abort(message.ids)
         if isinstance(message, Extend):
             return self.scheduler.extend(message)
+        if isinstance(message, Pin | Fetch | Export | Import):
+            if self.scheduler.states is not None:
+                self.scheduler.states.call(message)
+            elif not isinstance(message, Pin):
+                self.line.send(Reply(id=message.id, trouble=Trouble(400, "prefix_caching is off")))
+            return []
         if message.id in self.scheduler:
             return self._refuse(message.id, ValueError(f"id: {message.id!r} is under way"))
         try:

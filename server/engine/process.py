@@ -30,7 +30,14 @@ def run_engine(directory: Path, load: Callable[[Settings], LoadedRunner]) -> int
     configure(settings.log_level)
     line = Line(directory, settings.api_workers)
     try:
-        loop = Loop(load(settings), line)
+        loop = Loop(
+            load(settings),
+            line,
+            caching=settings.prefix_caching,
+            host_bytes=settings.host_cache_bytes,
+            directory=settings.context_directory,
+            disk_bytes=settings.disk_cache_bytes,
+        )
         gc.collect()
         gc.freeze()  # what was loaded stays: never walk it again
         loop.run(lambda: os.getppid() == parent)

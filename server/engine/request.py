@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy
 
 from model.chunk import Sampling
-from server.protocol import Extend, Generate, unpack_tokens
+from server.engine.chain import BLOCK, Block, Chain, salt_digest
+from server.protocol import Extend, Generate, Read, unpack_tokens
+
+if TYPE_CHECKING:
+    from server.engine.tiers import Checkpoint
+
+READING = Sampling(temperature=0.0)  # nothing is drawn
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -16,7 +23,8 @@ class Request:
     """Two integers, no phases: `computed` chases len(tokens).
 
     When it has caught up a token is drawn and appended, until a stop id or `length_limit` tokens.
-    While `more` of its prompt is to come, the last token that is known waits to be computed.
+    A request that is only `reading` ends there, with no token drawn. While `more` of its prompt is
+    to come, the last token that is known waits to be computed.
     """
 
     id: str
@@ -26,6 +34,9 @@ class Request:
     sampling: Sampling
     min_tokens: int = 0
     stop_ids: tuple[int, ...] = ()
+    salt: str = ""  # its digest
+    boundaries: tuple[int, ...] = ()  # positions where messages end
+    reading: bool = False
     max_tokens: int = 0
     more: bool = False
     expected: int = 0  # tokens of its prompt, about
@@ -37,6 +48,23 @@ class Request:
     announced: bool = False  # whether `started` was told
     served: int = 0  # its last turn, counted over all requests
     finish: str | None = None
+
+    chain: Chain | None = None  # None: no checkpoint is looked for or kept
+    cached: int = 0  # tokens of the checkpoint that it began with
+    wanted: list[int] = field(default_factory=list)  # positions to keep, in order
+    kept: list[Checkpoint] = field(default_factory=list)  # made of its state
+    looked_up: int = -1  # in which state of the index
+    path: list[Block[Checkpoint]] = field(default_factory=list)  # the known blocks that it follows
+    found: Checkpoint | None = None  # what it can begin with
+    waits: tuple[Request, int] | None = None  # for another to have kept a position
+    fetches: str = ""  # the key of a state that is on its way from the disk
+    tried: set[str] = field(default_factory=set)  # keys of those that it has waited for
+    refused: bool = False  # such a state was not good
+
+    @property
+    def most_cached(self) -> int:
+        """How many tokens a checkpoint may save: the last one's logits are needed."""
+        return self.prompt_length - (not self.reading)
 
     @property
     def remaining(self) -> int:
@@ -63,41 +91,72 @@ class Request:
             self.finish = "length"
 
 
-def accept(message: Generate, *, max_length: int | None, vocab_size: int) -> Request:
+def accept(
+    message: Generate | Read,
+    *,
+    max_length: int | None,
+    vocab_size: int,
+    base: Chain | None = None,
+) -> Request:
     """The request that a message asks for; ValueError names what is impossible in it.
 
-    max_length bounds prompt and generated tokens (None: unbounded); vocab_size 0 is unknown.
+    max_length bounds prompt and generated tokens (None: unbounded); vocab_size 0 is unknown. base
+    is the sequence that the tokens follow.
     """
     if len(message.tokens) % 4:
         raise ValueError(f"tokens: {len(message.tokens)} bytes are no int32 ids")
-    length = len(message.tokens) // 4
+    new = unpack_tokens(message.tokens)
+    reading = isinstance(message, Read)
+    tokens, chain = new, None
+    if base is not None:
+        kept = len(base.tokens) - message.drop
+        if kept < 0:
+            raise ValueError(f"drop: more than the {len(base.tokens)} tokens before")
+        tokens = base.tokens[:kept] + new
+        chain = Chain(base.digest(0), tokens, base.digests(kept // BLOCK))
+    length = len(tokens)
     if length == 0:
         raise ValueError("tokens: the prompt is empty")
-    if max_length is not None and length >= max_length:
+    if max_length is not None and length >= max_length + reading:
         raise ValueError(f"tokens: a prompt of {length} leaves no room in {max_length} tokens")
+    if len(new):
+        ids = numpy.frombuffer(message.tokens, dtype="<i4")
+        _check_ids("tokens", int(ids.min()), int(ids.max()), vocab_size)
+    digest = message.salt_digest if isinstance(message, Read) else ""
+    request = Request(
+        id=message.id,
+        tokens=tokens,
+        prompt_length=length,
+        length_limit=length,
+        sampling=READING,
+        salt=digest or salt_digest(message.salt),
+        boundaries=tuple(message.boundaries),
+        reading=reading,
+        chain=chain,
+    )
+    if isinstance(message, Generate):
+        _limit(request, message, max_length=max_length, vocab_size=vocab_size)
+    return request
+
+
+def _limit(request: Request, message: Generate, *, max_length: int | None, vocab_size: int) -> None:
+    """What a request generates, and how much of it."""
     if message.max_tokens < 1:
         raise ValueError(f"max_tokens: {message.max_tokens} is less than 1")
-    ids = numpy.frombuffer(message.tokens, dtype="<i4")
-    _check_ids("tokens", int(ids.min()), int(ids.max()), vocab_size)
     for name, named in (
         ("stop_token_ids", message.stop_token_ids),
         ("logit_bias", message.sampling.logit_bias),
     ):
         if named:
             _check_ids(name, min(named), max(named), vocab_size)
-    limit = max(length, message.expected) + message.max_tokens
-    return Request(
-        id=message.id,
-        tokens=unpack_tokens(message.tokens),
-        prompt_length=length,
-        length_limit=limit if max_length is None else min(limit, max_length),
-        sampling=message.sampling,
-        min_tokens=message.min_tokens,
-        stop_ids=tuple(message.stop_token_ids),
-        max_tokens=message.max_tokens,
-        more=message.more,
-        expected=message.expected,
-    )
+    request.sampling = message.sampling
+    request.min_tokens = message.min_tokens
+    request.stop_ids = tuple(message.stop_token_ids)
+    request.max_tokens = message.max_tokens
+    request.more = message.more
+    request.expected = message.expected
+    limit = max(request.prompt_length, message.expected) + message.max_tokens
+    request.length_limit = limit if max_length is None else min(limit, max_length)
 
 
 def extend(request: Request, message: Extend, *, max_length: int | None, vocab_size: int) -> None:
@@ -114,6 +173,8 @@ def extend(request: Request, message: Extend, *, max_length: int | None, vocab_s
         _check_ids("tokens", int(ids.min()), int(ids.max()), vocab_size)
     request.tokens.frombytes(message.tokens)
     request.prompt_length = length
+    request.boundaries += tuple(message.boundaries)
+    request.looked_up = -1
     request.more = message.more
     request.expected = max(request.expected, length) if message.more else length
     limit = request.expected + request.max_tokens

@@ -6,26 +6,18 @@ Plain values in, plain values out: the scheduler knows neither a device nor a so
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from pathlib import Path
 
-from model.chunk import Capacity, Chunk, Copy, Sampled
+from model.chunk import Capacity, Copy, Sampled
+from server.engine.admission import Admission
+from server.engine.chain import Chain
+from server.engine.checkpoints import Checkpoints
 from server.engine.request import Request, accept, extend
 from server.engine.slots import Holdings, saved
-from server.protocol import Extend, Generate, Output, Stats, TokenLogprob, pack_tokens
-
-
-@dataclass(slots=True)
-class Work:
-    """What the runner does next: the copies in order, then one step over the chunks."""
-
-    copies: list[Copy]
-    chunks: list[Chunk]
-    requests: list[Request]  # whose chunk it is, in the same order
-    admitted: list[Request]  # who took its first slot, with or without a chunk
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(chunk.tokens) for chunk in self.chunks)
+from server.engine.states import States
+from server.engine.tiers import Checkpoint
+from server.engine.work import Work, chunk_of, output_of
+from server.protocol import Extend, Generate, Output, Read, Stats
 
 
 class Scheduler:
@@ -37,7 +29,16 @@ class Scheduler:
              that runs and older than any that waits, because none is admitted before them.
     """
 
-    def __init__(self, capacity: Capacity, *, max_step_tokens: int) -> None:
+    def __init__(
+        self,
+        capacity: Capacity,
+        *,
+        max_step_tokens: int,
+        caching: bool = False,
+        host_bytes: int = 0,
+        directory: Path | None = None,
+        disk_bytes: int = 0,
+    ) -> None:
         assert max_step_tokens >= 1
         self.max_step_tokens = max_step_tokens
         self.vocab_size = capacity.vocab_size
@@ -49,9 +50,24 @@ class Scheduler:
         self.swapped: dict[str, Request] = {}
         self.preemptions = 0
         self._copies: list[Copy] = []
+        self.checkpoints: Checkpoints | None = None
+        self.states: States | None = None
+        if caching:
+            self.checkpoints = Checkpoints(
+                capacity,
+                self.holdings,
+                self._copies,
+                host_bytes=host_bytes,
+                directory=directory,
+                disk_bytes=disk_bytes,
+            )
+            self.states = States(self.checkpoints)
+        self.admission = Admission(self.holdings, self.checkpoints, self.running)
         self._turns = 0
 
     def __contains__(self, id: str) -> bool:
+        if self.states is not None and id in self.states:
+            return True
         return id in self.running or id in self.waiting or id in self.swapped
 
     @property
@@ -59,12 +75,30 @@ class Scheduler:
         """Whether nothing is left to compute."""
         return not (self.running or self.swapped or self.waiting)
 
-    def add(self, message: Generate) -> None:
+    @property
+    def pressing(self) -> bool:
+        """Whether copies are due, though nothing may be left to compute."""
+        return bool(self._copies)
+
+    def add(self, message: Generate | Read) -> None:
         """Queue a request. ValueError: something in it is impossible."""
         assert message.id not in self, f"{message.id} is under way"
-        self.waiting[message.id] = accept(
-            message, max_length=self.max_length, vocab_size=self.vocab_size
-        )
+        base: Chain | None = None
+        salt = ""
+        if message.base or isinstance(message, Read):
+            if self.states is None:
+                raise ValueError("prefix_caching is off")
+            if message.base:
+                found = self.states.base(message.base)
+                if found is None:
+                    self.states.arrive(message, self.add)
+                    return
+                base, salt = found
+        request = accept(message, max_length=self.max_length, vocab_size=self.vocab_size, base=base)
+        request.salt = salt or request.salt
+        if self.checkpoints is not None:
+            self.checkpoints.begin(request)
+        self.waiting[request.id] = request
 
     def extend(self, message: Extend) -> list[Output]:
         """More of a prompt. One that has ended meanwhile needs no more."""
@@ -76,6 +110,8 @@ class Scheduler:
             extend(request, message, max_length=self.max_length, vocab_size=self.vocab_size)
         except ValueError as error:
             return [self._fail(request, str(error))]
+        if self.checkpoints is not None and id not in self.waiting:
+            self.checkpoints.extend(request, len(message.tokens) // 4)
         return []
 
     def abort(self, ids: Iterable[str]) -> list[Output]:
@@ -86,19 +122,26 @@ class Scheduler:
             if request is not None:
                 request.finish = "abort"
                 self._retire(request)
-                outputs.append(_output(request))
+                outputs.append(output_of(request))
+            elif self.states is not None and self.states.abort(id):
+                outputs.append(Output(id=id, finish="abort"))
         return outputs
 
     def schedule(self, now: float) -> Work:
         """Admit who fits and pack the next step. Empty work: there is nothing to do now."""
+        if self.checkpoints is not None:
+            self.checkpoints.jobs.done()
+            for request in self.running.values():
+                self.checkpoints.take(request)
         admitted = self._admit(now)
         packed = self._pack()
         requests = [self.running[id] for id in packed]
         for turn, request in enumerate(requests, self._turns + 1):
             request.served = turn
         self._turns += len(requests)
-        chunks = [_chunk(request, packed[request.id]) for request in requests]
-        copies, self._copies = self._copies, []
+        chunks = [chunk_of(request, packed[request.id]) for request in requests]
+        copies = self._copies.copy()
+        self._copies.clear()
         return Work(copies, chunks, requests, admitted)
 
     def complete(self, work: Work, sampled: list[Sampled | None]) -> list[Output]:
@@ -109,21 +152,29 @@ class Scheduler:
             if request.finish is not None:
                 continue  # aborted meanwhile
             if chunk.sampling is None:
-                outputs.append(_output(request))
+                outputs.append(output_of(request))
+                if request.reading and chunk.start + len(chunk.tokens) == len(request.tokens):
+                    request.finish = "stop"
+                    self._retire(request)
                 continue
             assert drawn is not None, f"no token was drawn for {request.id}"
             if drawn.token < 0:
+                if self.checkpoints is not None:
+                    self.checkpoints.disown(request)
                 outputs.append(self._fail(request, "logits were not finite"))
                 continue
             request.append(drawn.token)
-            outputs.append(_output(request, drawn))
+            outputs.append(output_of(request, drawn))
             if request.finish is not None:
                 self._retire(request)
         return outputs + self._announce(work)
 
     def fail(self, work: Work, error: str) -> list[Output]:
-        """End every request of the work: its step was lost."""
+        """End every request of the work: its step was lost, and what was kept since."""
         lost = [request for request in work.requests if request.finish is None]
+        if self.checkpoints is not None:
+            for request, chunk in zip(work.requests, work.chunks, strict=True):
+                self.checkpoints.disown(request, chunk.start)
         return [self._fail(request, error) for request in lost] + self._announce(work)
 
     def stats(self) -> Stats:
@@ -132,48 +183,70 @@ class Scheduler:
         return Stats(
             running=len(self.running),
             waiting=len(self.waiting) + len(self.swapped),
-            slots_used=slots.held,
+            slots_used=len(self.running),
             slots_total=slots.total,
             blocks_used=blocks.held,
             blocks_total=blocks.total,
             preemptions=self.preemptions,
+            cache=None if self.checkpoints is None else self.checkpoints.stats(),
         )
 
     def check_integrity(self) -> None:
         """Assert that nothing is lost, and when idle that nothing is held."""
         self.holdings.check()
-        assert self.holdings.slots.held == len(self.running), "a slot per running request"
+        kept: set[int] = set()
+        slots = len(self.running)
+        if self.checkpoints is not None:
+            self.checkpoints.check()
+            slots += len(self.checkpoints.tiers.device)
+            kept = {block for c in self.checkpoints.tiers.device for block in c.blocks}
+        assert self.holdings.slots.held == slots, "a slot per running request and checkpoint"
         if self.idle:
-            assert self.holdings.blocks.held == 0, "blocks are held and nothing runs"
+            assert self.holdings.blocks.held == len(kept), "blocks are held and nothing runs"
 
     def _admit(self, now: float) -> list[Request]:
         """Swapped first, then waiting, both oldest first, while slots and blocks last.
 
         One is let in only when its known tokens fit beside those of all who run, so that nobody
-        comes in to be preempted at once. Into an empty engine anyone fits.
+        comes in to be preempted at once; checkpoints make room. Into an empty engine anyone fits.
+        Who waits for a checkpoint of another is passed by.
         """
         admitted = []
-        lacking = self.holdings.lacking
-        spare = self.holdings.blocks.free
-        if self.holdings.block_size:
-            spare -= sum(lacking(request) for request in self.running.values())
-        while self.holdings.slots.free and (self.swapped or self.waiting):
-            if self.swapped:
-                request = next(reversed(self.swapped.values()))
-            else:
-                request = next(iter(self.waiting.values()))
-            spare -= lacking(request)
-            if spare < 0:
+        readers = (*self.running.values(), *self.swapped.values())
+        for request in [*reversed(self.swapped.values()), *self.waiting.values()]:
+            if not self.admission.slot():
                 break
-            if self.swapped:
+            found = None
+            if request.id in self.waiting:
+                if self.admission.waits(request):
+                    continue
+                found = self.checkpoints.find(request) if self.checkpoints else None
+                if self.admission.defer(request, found, readers):
+                    continue
+                if request.reading and found and found.position == request.prompt_length:
+                    request.finish, request.cached = "stop", found.position
+                    self._retire(request, found)
+                    continue
+            if not self.admission.fits(request, found):
+                if self.running:
+                    break
+                # it takes all there is on the device, what its own checkpoint holds as well
+                assert self.admission.fits(request, None), "an empty engine has room for anyone"
+                found = self.checkpoints.find(request) if self.checkpoints else None
+            if request.id in self.swapped:
                 del self.swapped[request.id]
                 self._copies += self.holdings.restore(request)
             else:
                 del self.waiting[request.id]
                 self.holdings.admit(request)
+                if self.checkpoints is not None:
+                    self.checkpoints.admit(request, found)
                 request.started = now
                 admitted.append(request)
             self.running[request.id] = request
+            readers = (*readers, request)
+        if self.checkpoints is not None:
+            self.checkpoints.settle()
         return admitted
 
     def _pack(self) -> dict[str, int]:
@@ -193,7 +266,7 @@ class Scheduler:
                 break
             if request.id not in self.running:
                 continue  # preempted by one before it in this step
-            while (count := self.holdings.reach(request, min(request.remaining, budget))) == 0:
+            while (count := self._reach(request, budget)) == 0:
                 youngest = next(reversed(self.running.values()))
                 if youngest is request:
                     break  # keeps its place until an older one needs it
@@ -205,6 +278,16 @@ class Scheduler:
                 budget -= count
         return packed
 
+    def _reach(self, request: Request, budget: int) -> int:
+        """How many of the next tokens can be computed: up to the next position that is wanted, and
+        as far as blocks last when checkpoints have made room."""
+        wish = min(request.remaining, budget)
+        if request.wanted:
+            wish = min(wish, request.wanted[0] - request.computed)
+        while (count := self.holdings.reach(request, wish)) < wish and self.admission.evict():
+            pass
+        return count
+
     def _preempt(self, request: Request) -> None:
         del self.running[request.id]
         self._copies += self.holdings.save(request)
@@ -214,53 +297,21 @@ class Scheduler:
     def _fail(self, request: Request, error: str) -> Output:
         request.finish = "error"
         self._retire(request)
-        return _output(request, error=error)
+        return output_of(request, error=error)
 
-    def _retire(self, request: Request) -> None:
-        """The one way out, whatever the end."""
+    def _retire(self, request: Request, kept: Checkpoint | None = None) -> None:
+        """The one way out, whatever the end. `kept` is the checkpoint that is all a read asks."""
         if self.swapped.pop(request.id, None) is not None and request.computed:
             self._copies.append(Copy(saved(request), None))
         self.waiting.pop(request.id, None)
-        self.running.pop(request.id, None)
+        ran = self.running.pop(request.id, None) is not None
+        done = request.finish in ("stop", "length")
+        if ran and done and self.checkpoints is not None:
+            kept = self.checkpoints.inherit(request)
+        if done and request.reading and self.states is not None:
+            self.states.keep(request, kept)
         self.holdings.release(request)
 
     def _announce(self, work: Work) -> list[Output]:
         """News of those who took a slot but had no part in the step."""
-        return [_output(request) for request in work.admitted if not request.announced]
-
-
-def _chunk(request: Request, count: int) -> Chunk:
-    """The next `count` tokens as a chunk; from here on they count as computed."""
-    assert request.slot is not None
-    start, end = request.computed, request.computed + count
-    request.computed = end
-    last = end == len(request.tokens)
-    return Chunk(
-        tokens=request.tokens[start:end],
-        start=start,
-        slot=request.slot,
-        blocks=request.blocks,
-        sampling=request.sampling if last else None,
-        generated=request.generated,
-        suppress=request.suppress if last else (),
-        prompt=start < request.prompt_length,
-        penalised=request.sampling.penalised,
-    )
-
-
-def _output(request: Request, drawn: Sampled | None = None, *, error: str | None = None) -> Output:
-    """What there is to tell of a request; `started` is told once."""
-    started = None if request.announced else request.started
-    request.announced = request.started is not None
-    logprobs = None
-    if drawn is not None and drawn.logprob is not None:
-        logprobs = [TokenLogprob(drawn.logprob, drawn.top)]
-    return Output(
-        id=request.id,
-        tokens=b"" if drawn is None else pack_tokens([drawn.token]),
-        logprobs=logprobs,
-        finish=request.finish,
-        error=error,
-        computed=min(request.computed, request.prompt_length),
-        started=started,
-    )
+        return [output_of(request) for request in work.admitted if not request.announced]

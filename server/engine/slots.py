@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from model.chunk import Capacity, Copy, Place
 from server.engine.request import Request
 
 
 class Pool:
-    """Things numbered 0 .. total - 1, each free or held by one owner: free + held == total."""
+    """Things numbered 0 .. total - 1, each free or held by owners: free + held == total.
+
+    A thing may be shared; it is free again when its last owner has given it back.
+    """
 
     def __init__(self, noun: str, total: int) -> None:
         self.noun = noun
         self.total = total
         self._free = list(range(total - 1, -1, -1))
-        self._owners: dict[int, str] = {}
+        self._owners: dict[int, set[str]] = {}
 
     @property
     def free(self) -> int:
@@ -30,21 +33,35 @@ class Pool:
         if not self._free:
             raise RuntimeError(f"no {self.noun} is free of {self.total}")
         number = self._free.pop()
-        self._owners[number] = owner
+        self._owners[number] = {owner}
         return number
+
+    def share(self, owner: str, numbers: Iterable[int]) -> None:
+        """Hold what another holds, too."""
+        for number in numbers:
+            owners = self._owners[number]
+            assert owner not in owners, f"{self.noun} {number} is held by {owner!r} already"
+            owners.add(owner)
 
     def give_back(self, owner: str, numbers: Iterable[int]) -> None:
         """Return what `owner` holds; anything else is a mistake of ours and raises."""
         for number in numbers:
-            holder = self._owners.get(number)
-            if holder != owner:
-                held = f"held by {holder!r}" if holder is not None else "not held"
+            owners = self._owners.get(number, set())
+            if owner not in owners:
+                held = f"held by {', '.join(map(repr, owners))}" if owners else "not held"
                 raise RuntimeError(f"{self.noun} {number}, given back by {owner!r}, is {held}")
-            del self._owners[number]
-            self._free.append(number)
+            owners.remove(owner)
+            if not owners:
+                del self._owners[number]
+                self._free.append(number)
+
+    def hand_over(self, owner: str, to: str, numbers: Sequence[int]) -> None:
+        """Let another hold what `owner` held."""
+        self.share(to, numbers)
+        self.give_back(owner, numbers)
 
     def check(self) -> None:
-        """Assert that nothing is lost and nothing is owned twice."""
+        """Assert that nothing is lost and nothing is free and held."""
         assert self.free + self.held == self.total, (
             f"{self.noun}s: {self.free} free + {self.held} held != {self.total}"
         )
@@ -103,7 +120,7 @@ class Holdings:
         """Give back everything; the copies that keep the state on the host meanwhile."""
         copies = []
         if request.computed:
-            copies.append(Copy(self._here(request), saved(request)))
+            copies.append(Copy(self.here(request), saved(request)))
         self.release(request)
         return copies
 
@@ -113,14 +130,15 @@ class Holdings:
         self.cover(request, request.computed)
         if not request.computed:
             return []
-        return [Copy(saved(request), self._here(request)), Copy(saved(request), None)]
+        return [Copy(saved(request), self.here(request)), Copy(saved(request), None)]
 
     def check(self) -> None:
         """Assert that nothing is lost and nothing is owned twice."""
         self.slots.check()
         self.blocks.check()
 
-    def _here(self, request: Request) -> Place:
+    def here(self, request: Request) -> Place:
+        """Where a running request's state lies, at the position it has come to."""
         blocks = tuple(request.blocks[: self.blocks_for(request.computed)])
         return Place(slot=request.slot, blocks=blocks, position=request.computed)
 

@@ -16,6 +16,7 @@ def pack(lengths, slots, starts, device="cpu"):
         torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
         torch.tensor(slots, dtype=torch.int32, device=device),
         torch.tensor(starts, dtype=torch.int64, device=device),
+        tuple(starts),
     )
 
 
@@ -24,11 +25,11 @@ def interleaved(T, H, widths, dtype=torch.float32, device="cpu"):
     return torch.randn(T, H, sum(widths), device=device).to(dtype).split(widths, dim=-1)
 
 
-def pool(slots, *shapes, dtype=torch.float32, device="cpu"):
+def pool(slots, *shapes, dtype=torch.float32, device="cpu", others=8):
     """NaN-filled views [slots, *shape] into slot-major memory that holds other things too."""
     sizes = [torch.Size(shape).numel() for shape in shapes]
-    memory = torch.full((slots, sum(sizes) + 8), NAN, device=device).to(dtype)
-    parts = memory.split([*sizes, 8], dim=1)
+    memory = torch.full((slots, sum(sizes) + others), NAN, device=device).to(dtype)
+    parts = memory.split([*sizes, others], dim=1)
     return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=False)]
 
 

@@ -7,6 +7,7 @@ import torch
 
 MODULES = (
     "gated",
+    "grouped_gemm",
     "lightning_decode",
     "lightning_prefill",
     "lrpe",

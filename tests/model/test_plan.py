@@ -124,15 +124,20 @@ def held(thing: object, seen: dict[int, int]) -> None:
     elif isinstance(thing, list | tuple):
         for item in thing:
             held(item, seen)
-    elif type(thing).__module__.startswith("model."):
+    elif type(thing).__module__.startswith(("model.", "kernels.")):
         slots = [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
         held([getattr(thing, name) for name in slots], seen)
         held(getattr(thing, "__dict__", {}), seen)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "quantization"),
+    [("float32", "none"), ("bfloat16", "none"), ("float32", "int8"), ("bfloat16", "fp8")],
+)
 @pytest.mark.parametrize("name", [*VARIANTS, "recall"])
-def test_a_run_allocates_what_is_planned(tmp_path: Path, name: str, dtype: str) -> None:
+def test_a_run_allocates_what_is_planned(
+    tmp_path: Path, name: str, dtype: str, quantization: str
+) -> None:
     path = BUNDLED
     if name != "recall":
         path = tmp_path
@@ -140,11 +145,13 @@ def test_a_run_allocates_what_is_planned(tmp_path: Path, name: str, dtype: str) 
     ring = 16 if dtype == "bfloat16" else 0
     taken = footprint(Fields.read(path), dtype=dtype, ring=ring)
     options = {"dtype": dtype, "ring": ring, "state_memory_gb": 0.02, "max_running": 6}
-    runner = load_runner(path, device=DEVICE, **options)  # type: ignore[arg-type]
+    runner = load_runner(path, device=DEVICE, quantization=quantization, **options)  # type: ignore[arg-type]
     capacity, store = runner.capacity, runner.store
+    assert runner.parameters is not None
+    assert runner.parameters.nbytes == taken.weights[quantization]
     weights: dict[int, int] = {}
     held(runner.model, weights)
-    assert sum(weights.values()) == pytest.approx(taken.weights["none"], rel=0.03)
+    assert sum(weights.values()) == pytest.approx(taken.weights[quantization], rel=0.03)
     assert (capacity.state_bytes, capacity.block_bytes) == (taken.slot, taken.block)
     assert store.slots.memory.nbytes == capacity.slots * taken.slot
     assert store.blocks.memory.nbytes == capacity.blocks * taken.block

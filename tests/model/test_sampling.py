@@ -10,7 +10,7 @@ import torch
 
 from model import sampling
 from model.chunk import Chunk, Sampled, Sampling
-from model.sampling import Seen, read, sample, uniform
+from model.sampling import Seen, noise_keys, read, sample, uniform
 
 CPU = torch.device("cpu")
 LOGITS = [2.0, 1.0, 0.5, 0.0, -1.0, -3.0]
@@ -88,7 +88,16 @@ def test_seed_and_counter_alone_decide() -> None:
     tokens = [draw([Sampling(seed=5)], logits, generated=n)[0].token for n in range(50)]
     assert tokens == [draw([Sampling(seed=5)], logits, generated=n)[0].token for n in range(50)]
     assert len(set(tokens)) > 40
-    values = [uniform(seed, n) for seed in (0, 1, 2**63) for n in range(2000)]
+    rows = [
+        Chunk(tokens=[0], start=1, slot=0, sampling=Sampling(seed=seed), generated=n)
+        for seed in (0, 1, 2**63)
+        for n in range(2000)
+    ]
+    keys = noise_keys(rows)
+    assert len(set(keys.tolist())) == 6000 and (keys < 0).any()
+    assert keys[2007] == noise_keys(rows[2007:2008])[0]
+    assert noise_keys([Chunk(tokens=[0], start=1, slot=0)]) == [0]
+    values = uniform(torch.from_numpy(keys)).tolist()
     assert len(set(values)) > 5990 and abs(sum(values) / len(values) - 0.5) < 0.02
     assert all(0 <= v < 1 for v in values)
 
@@ -142,7 +151,8 @@ def test_almost_no_temperature_is_greedy(temperature: float) -> None:
 
 
 def test_the_greatest_noise_finds_an_id_that_has_mass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "uniform", lambda seed, counter: 1 - 2.0**-32)
+    greatest = torch.tensor([1 - 2.0**-32], dtype=torch.float64)
+    monkeypatch.setattr(sampling, "uniform", lambda keys: greatest)
     logits = torch.tensor([[5.0, 1.0, 0.0, -3.0, -math.inf]])
     assert draw([Sampling(min_p=1e-30)], logits)[0].token == 3
     assert draw([Sampling(top_k=1)], logits)[0].token == 0

@@ -16,9 +16,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from model.chunk import Capacity, Chunk, Copy, OutOfDeviceMemory, Place, Sampled
+from model.chunk import (
+    Capacity,
+    Chunk,
+    Copy,
+    Layout,
+    OutOfDeviceMemory,
+    Place,
+    Sampled,
+    Tensor,
+)
 from server.engine.process import run_engine
 
+LONGEST = 4096  # tokens that a state of it can hold in a file
+LAYOUT = (Layout("folded", "I32", (LONGEST,)),)
 NAN, OOM, BUG = "nan", "oom", "bug"
 
 
@@ -85,6 +96,10 @@ class FakeRunner:
                 del self.saved[copy.source.key]
             elif copy.target.key is not None:
                 self.saved[copy.target.key] = state
+            elif copy.target.image is not None:
+                padded = array("i", [*state, *[-1] * (LONGEST - len(state))])
+                data = memoryview(padded.tobytes())
+                copy.target.image.tensors.append(Tensor("folded", "I32", (LONGEST,), data))
             else:
                 assert copy.target.slot is not None
                 self.slots[copy.target.slot] = state
@@ -126,6 +141,9 @@ class FakeRunner:
     def _load(self, place: Place) -> array[int]:
         if place.key is not None:
             return self.saved[place.key]
+        if place.image is not None:
+            [tensor] = place.image.tensors
+            return array("i", bytes(tensor.data))[: place.position]
         assert place.slot is not None
         state = self.slots[place.slot]
         if self.capacity.blocks:
@@ -174,6 +192,7 @@ def main() -> int:
         max_model_len=options.max_model_len,
         vocab_size=options.vocab_size,
         fingerprint="fake",
+        slot_layout=LAYOUT,
     )
     traps = {options.oom_token: OOM, options.nan_token: NAN, options.bug_token: BUG}
     traps.pop(None, None)

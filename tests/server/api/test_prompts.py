@@ -19,12 +19,13 @@ from tests.server.api.test_disconnect import posted
 
 LONG = "All work and no play makes Jack a dull boy. " * 3000  # 132,000 bytes, as many tokens
 
+OPTIONS = ("--echo", "--max-step-tokens", "4096", "--max-model-len", "200000", "--slots", "2")
+
 
 @pytest.fixture(scope="module")
 def live(checkpoint: Path) -> Iterator[Live]:
-    """One that repeats its prompt, of 200,000 tokens at most."""
-    options = ("--echo", "--max-step-tokens", "4096", "--max-model-len", "200000", "--slots", "2")
-    with in_thread(checkpoint, *options) as live:
+    """One that repeats its prompt, of 200,000 tokens at most, and remembers none."""
+    with in_thread(checkpoint, *OPTIONS, prefix_caching=False) as live:
         yield live
 
 
@@ -160,6 +161,18 @@ def test_several_long_prompts_and_a_conversation(live: Live) -> None:
     assert answer["prompt_token_ids"] == expected
     ids = live.http.post("/tokenize", json={"prompt": LONG + "<|end|>"}).json()["tokens"]
     assert ids == [*LONG.encode(), END]
+
+
+def test_a_long_prompt_that_is_known_is_found_all_the_same(checkpoint: Path) -> None:
+    with in_thread(checkpoint, *OPTIONS) as live:
+        for cached in (0, len(LONG) - 1):
+            usage = live.complete(LONG + "!" * (cached > 0), max_tokens=2).json()["usage"]
+            assert usage["prompt_tokens_details"]["cached_tokens"] >= cached
+        message = LONG + " And so on."
+        for _ in range(2):
+            usage = live.chat(message, max_tokens=2).json()["usage"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] >= len(message)
+        live.wait_idle()
 
 
 def test_the_engines_refusal_ends_it_early(checkpoint: Path) -> None:

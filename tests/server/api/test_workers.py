@@ -138,6 +138,29 @@ def test_long_prompts_and_conversations(pair: Process) -> None:
         client.close()
 
 
+def test_contexts_are_of_all_where_they_are_files(pair: Process, tmp_path: Path) -> None:
+    refused = pair.live.http.post("/v1/contexts", json={"text": "abc"})
+    assert refused.status_code == 400 and "context_directory" in refused.text
+    directory = str(tmp_path / "kept")
+    process = Process(pair.checkpoint, "--echo", api_workers=2, context_directory=directory)
+    try:
+        process.live.wait_ready()
+        one, other = on_each(process.live.url, processes(process))
+        made = one.post("/v1/contexts", json={"text": "All work and no play. " * 40})
+        assert made.status_code in (200, 201), made.text
+        body = {"context": made.json()["id"], "prompt": "Jack", "max_tokens": 3}
+        for client in (other, one):
+            answer = client.post("/v1/completions", json=body).json()
+            assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= 870, answer
+        path = "/v1/contexts/" + made.json()["id"]
+        assert other.delete(path).status_code == 200
+        assert one.get(path).status_code == 404
+        one.close()
+        other.close()
+    finally:
+        process.close()
+
+
 def test_gauges_and_bounds_are_of_all(pair_of: Launch) -> None:
     """One process is full, so the other one refuses; and it knows when there is room again."""
     process = pair_of("--slots", "2", "--step-seconds", "0.005", max_queue_requests=1)

@@ -4,25 +4,41 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from model.chunk import Capacity, Sampling
-from server.engine.scheduler import Scheduler, Work
-from server.protocol import Extend, Generate, Output, pack_tokens, unpack_tokens
-from tests.server.fake_engine import FakeRunner, next_token
+from server.engine.scheduler import Scheduler
+from server.engine.work import Work
+from server.protocol import (
+    Export,
+    Extend,
+    Fetch,
+    Generate,
+    Import,
+    Output,
+    Pin,
+    Read,
+    Reply,
+    pack_tokens,
+    unpack_tokens,
+)
+from tests.server.fake_engine import LAYOUT, FakeRunner, next_token
 
 VOCAB = 97
 
 
 def capacity(**fields: Any) -> Capacity:
-    return Capacity(**({"slots": 4, "state_bytes": 8, "vocab_size": VOCAB} | fields))
+    standard = {"slots": 4, "state_bytes": 8, "vocab_size": VOCAB, "slot_layout": LAYOUT}
+    return Capacity(**(standard | fields))
 
 
 def generate(
     id: str, prompt: Sequence[int] | int, max_tokens: int = 5, *, logprobs: int | None = None,
-    min_tokens: int = 0, stop: Sequence[int] = (),
+    min_tokens: int = 0, stop: Sequence[int] = (), salt: str = "",
+    boundaries: Sequence[int] = (),
 ) -> Generate:  # fmt: skip
     """A prompt, or one of so many tokens; greedy."""
     if isinstance(prompt, int):
@@ -34,6 +50,8 @@ def generate(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         stop_token_ids=list(stop),
+        salt=salt,
+        boundaries=list(boundaries),
     )
 
 
@@ -56,14 +74,24 @@ def alone(message: Generate, max_length: int | None = None) -> tuple[list[int], 
 class Bench:
     """Runs a scheduler against a fake runner and gathers what comes out for whom."""
 
-    def __init__(self, *, max_step_tokens: int = 64, **fields: Any) -> None:
-        self.runner = FakeRunner(capacity=capacity(**fields), max_step_tokens=max_step_tokens)
-        self.scheduler = Scheduler(self.runner.capacity, max_step_tokens=max_step_tokens)
+    def __init__(
+        self, *, max_step_tokens: int = 64, caching: bool = False, host_bytes: int = 0,
+        directory: Path | None = None, disk_bytes: int = 1 << 30, runner: Any = None,
+        **fields: Any,
+    ) -> None:  # fmt: skip
+        self.runner = runner or FakeRunner(
+            capacity=capacity(**fields), max_step_tokens=max_step_tokens, keep_steps=True
+        )
+        self.scheduler = Scheduler(
+            self.runner.capacity, max_step_tokens=max_step_tokens, caching=caching,
+            host_bytes=host_bytes, directory=directory, disk_bytes=disk_bytes,
+        )  # fmt: skip
+        self.replies: dict[str, Reply] = {}
         self.outputs: dict[str, list[Output]] = {}
         self.rest: dict[str, bytes] = {}  # of prompts that are known in part
         self.now = 0
 
-    def add(self, *messages: Generate) -> None:
+    def add(self, *messages: Generate | Read) -> None:
         for message in messages:
             self.scheduler.add(message)
 
@@ -84,7 +112,7 @@ class Bench:
         self.rest[id] = rest[len(piece) :]
         if not more:
             del self.rest[id]
-        self.gather(self.scheduler.extend(Extend(id, piece, more)))
+        self.gather(self.scheduler.extend(Extend(id=id, tokens=piece, more=more)))
 
     def abort(self, *ids: str) -> None:
         self.gather(self.scheduler.abort(ids))
@@ -92,25 +120,49 @@ class Bench:
     def step(self) -> Work:
         """One step, and the integrity of everything after it."""
         self.now += 1
+        states, expecting = self.scheduler.states, self.expecting
+        if expecting and self.scheduler.checkpoints is not None:
+            self.scheduler.checkpoints.jobs.wait()
         work = self.scheduler.schedule(float(self.now))
         self.runner.copy(work.copies)
+        if states is not None:
+            states.copied()
         if work.chunks:
             self.gather(self.scheduler.complete(work, self.runner.step(work.chunks)))
         else:
-            assert self.scheduler.idle or self.rest, "there is work and none is done"
+            expecting |= self.expecting
+            assert self.scheduler.idle or expecting or self.rest, "there is work and none is done"
+        for news in states.take_news() if states is not None else ():
+            if isinstance(news, Output):
+                self.gather([news])
+            else:
+                self.replies[news.id] = news
         self.scheduler.check_integrity()
         return work
+
+    @property
+    def expecting(self) -> bool:
+        return self.scheduler.states is not None and self.scheduler.states.expecting
 
     def finish(self, limit: int = 10_000) -> int:
         """Step until idle; how many steps that took."""
         steps = 0
-        while not self.scheduler.idle:
+        while not self.scheduler.idle or self.expecting or self.scheduler.pressing:
+            steps += not self.scheduler.idle
             self.step()
-            steps += 1
             assert steps < limit, "no end in sight"
         self.step()
-        assert not self.runner.saved, "states are left on the host"
+        cache = self.scheduler.checkpoints
+        kept = {c.name for c in cache.tiers.host} if cache is not None else set()
+        assert set(self.runner.saved) == kept, "states are left on the host"
         return steps
+
+    def call(self, message: Pin | Fetch | Export | Import) -> Reply | None:
+        """Carry out a message about a state, and the answer if there is one."""
+        assert self.scheduler.states is not None
+        self.scheduler.states.call(message)
+        self.finish()
+        return None if isinstance(message, Pin) else self.replies.pop(message.id)
 
     def gather(self, outputs: list[Output]) -> None:
         for output in outputs:

@@ -104,7 +104,7 @@ def test_an_impossible_piece_ends_the_request(tokens: bytes, error: str):
     bench = Bench(max_model_len=20)
     bench.begin(generate("a", 5, 4), 5)
     bench.step()
-    bench.gather(bench.scheduler.extend(Extend("a", tokens, True)))
+    bench.gather(bench.scheduler.extend(Extend(id="a", tokens=tokens, more=True)))
     assert bench.finish_of("a") == "error" and error in str(bench.outputs["a"][-1].error)
     del bench.rest["a"]
     bench.finish()
@@ -113,9 +113,9 @@ def test_an_impossible_piece_ends_the_request(tokens: bytes, error: str):
 def test_a_prompt_that_is_complete_takes_no_more():
     bench = Bench()
     bench.add(generate("a", 5, 4))
-    [output] = bench.scheduler.extend(Extend("a", b"", False))
+    [output] = bench.scheduler.extend(Extend(id="a", tokens=b"", more=False))
     assert output.finish == "error" and "complete" in str(output.error)
-    assert bench.scheduler.extend(Extend("none", b"", False)) == []
+    assert bench.scheduler.extend(Extend(id="none", tokens=b"", more=False)) == []
 
 
 def test_the_loop_sleeps_while_nothing_can_be_computed():
@@ -127,8 +127,67 @@ def test_the_loop_sleeps_while_nothing_can_be_computed():
     for _ in range(4):
         loop.turn(0.5)
     assert post.waits == [0.5, 0.0, 0.5, 0.5]
-    post.put(Extend("a", message.tokens[16:], False))
+    post.put(Extend(id="a", tokens=message.tokens[16:], more=False))
     for _ in range(3):
         loop.turn(0.5)
     assert post.result("a") == alone(message)
     assert post.waits[4:] == [0.5, 0.0, 0.5]
+
+
+DOCUMENT = [(7 * i + i // 50) % 97 for i in range(2000)]
+
+
+def cached(bench: Bench, id: str) -> int:
+    return max(output.cached for output in bench.outputs[id])
+
+
+def test_one_that_may_be_known_waits_until_that_is_certain():
+    """Its first piece leads to a checkpoint farther on, which it would miss if it began."""
+    bench = Bench(caching=True, host_bytes=1 << 20, max_step_tokens=512)
+    bench.add(generate("first", DOCUMENT, 3))
+    bench.finish()
+    again = generate("again", [*DOCUMENT, 1, 2, 3], 4)
+    bench.begin(again, 600)
+    for _ in range(3):
+        assert counts(bench.step()) == {}
+    bench.extend("again", 800)
+    assert counts(bench.step()) == {}
+    bench.extend("again", 0, more=False)
+    bench.finish()
+    assert bench.result("again") == alone(again)
+    assert cached(bench, "again") >= 1999
+
+
+def test_one_that_parts_in_its_first_piece_is_read_at_once_and_kept():
+    bench = Bench(caching=True, host_bytes=1 << 20, max_step_tokens=512)
+    bench.add(generate("first", DOCUMENT, 3))
+    bench.finish()
+    other = generate("other", [*DOCUMENT[:300], *reversed(DOCUMENT)], 4, boundaries=[100, 2200])
+    bench.begin(other, 600)
+    assert counts(bench.step()) != {}
+    bench.extend("other", 1000)
+    bench.step()
+    bench.extend("other", 0, more=False)
+    bench.finish()
+    assert bench.result("other") == alone(other)
+    again = generate("again", [*DOCUMENT[:300], *reversed(DOCUMENT), 5], 4)
+    bench.add(again)
+    bench.finish()
+    assert bench.result("again") == alone(again) and cached(bench, "again") >= 2299
+    stats = bench.scheduler.stats().cache
+    assert stats is not None and stats.queried == 2000 + 2300 + 2301
+
+
+def test_one_that_follows_another_under_way_waits_to_see_where_they_part():
+    bench = Bench(caching=True, host_bytes=1 << 20, max_step_tokens=256)
+    first, second = generate("a", DOCUMENT, 3), generate("b", [*DOCUMENT[:1500], 9, 9], 3)
+    bench.begin(first, 600)
+    bench.step()
+    bench.begin(second, 500)
+    assert counts(bench.step()) == {"a": 256}
+    bench.extend("a", 0, more=False)
+    bench.extend("b", 0, more=False)
+    bench.finish()
+    for message in (first, second):
+        assert bench.result(message.id) == alone(message)
+    assert cached(bench, "b") == 1500

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
+
 import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from server.protocol import Generate
+from server.protocol import Generate, unpack_tokens
 from tests.server.engine.bench import VOCAB, Bench, alone, generate
 
+DOCUMENTS = [[(7 * i + 13 * n + i // 50) % VOCAB for i in range(400)] for n in range(3)]
 ids = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12)
 
 
@@ -82,11 +85,95 @@ class Traffic(RuleBasedStateMachine):
         for id, message in self.sent.items():
             tokens, finish = alone(message, self.max_length)
             if id in self.aborted:
-                assert self.bench.finish_of(id) == "abort"
+                assert self.bench.finish_of(id) in ("abort", "error")
                 assert self.bench.tokens(id) == tokens[: len(self.bench.tokens(id))]
             else:
                 assert self.bench.result(id) == (tokens, finish)
 
 
+class Readers(Traffic):
+    """Prompts that begin with one of a few documents, in an engine that keeps checkpoints."""
+
+    @initialize(
+        slots=st.integers(1, 5),
+        blocks=st.sampled_from([0, 0, 120, 200]),
+        budget=st.sampled_from([7, 64, 300]),
+        host=st.sampled_from([0, 3000, 100_000]),
+    )
+    def start(self, slots: int, blocks: int, budget: int, host: int) -> None:
+        self.bench = Bench(
+            slots=slots, blocks=blocks, block_size=4 if blocks else 0, max_step_tokens=budget,
+            caching=True, host_bytes=host,
+        )  # fmt: skip
+        self.max_length = self.bench.scheduler.max_length
+        self.sent = {}
+        self.aborted = set()
+
+    @rule(
+        document=st.integers(0, 2), length=st.integers(0, 400), prompt=ids,
+        max_tokens=st.integers(1, 40), boundaries=st.lists(st.integers(0, 400), max_size=3),
+        salt=st.sampled_from(["", "", "", "salt"]),
+    )  # fmt: skip
+    def read(
+        self, document: int, length: int, prompt: list[int], max_tokens: int,
+        boundaries: list[int], salt: str,
+    ) -> None:  # fmt: skip
+        message = generate(
+            str(len(self.sent)), [*DOCUMENTS[document][:length], *prompt], max_tokens,
+            boundaries=boundaries, salt=salt,
+        )  # fmt: skip
+        self.sent[message.id] = message
+        self.bench.add(message)
+
+    @rule(
+        document=st.integers(0, 2), length=st.integers(0, 400), prompt=ids,
+        known=st.integers(1, 400), max_tokens=st.integers(1, 40),
+    )  # fmt: skip
+    def begin_to_read(
+        self, document: int, length: int, prompt: list[int], known: int, max_tokens: int
+    ) -> None:
+        tokens = [*DOCUMENTS[document][:length], *prompt]
+        message = generate(str(len(self.sent)), tokens, max_tokens)
+        self.sent[message.id] = message
+        self.bench.begin(message, min(known, len(tokens)))
+
+    @rule(pick=st.integers(0, 1000), prompt=ids)
+    def go_on(self, pick: int, prompt: list[int]) -> None:
+        """Another turn of what has ended."""
+        ended = [id for id in self.sent if self.bench.finish_of(id) in ("stop", "length")]
+        if ended:
+            id = ended[pick % len(ended)]
+            before = [*unpack_tokens(self.sent[id].tokens), *self.bench.tokens(id)]
+            if self.max_length is None or len(before) + len(prompt) < self.max_length:
+                message = generate(str(len(self.sent)), [*before, *prompt], 5)
+                self.sent[message.id] = message
+                self.bench.add(message)
+
+    @rule(pick=st.integers(0, 1000))
+    def lose(self, pick: int) -> None:
+        """A step runs out of memory: garbage in its slots, and nothing kept of it."""
+        work = self.bench.scheduler.schedule(0.0)
+        self.bench.runner.copy(work.copies)
+        for chunk in work.chunks:
+            self.bench.runner.slots[chunk.slot] = array("i", [-7] * pick)
+        self.bench.gather(self.bench.scheduler.fail(work, "lost"))
+        self.aborted |= {request.id for request in work.requests}
+
+    def teardown(self) -> None:
+        super().teardown()
+        if hasattr(self, "bench"):
+            cache = self.bench.scheduler.checkpoints
+            for checkpoint in [*cache.tiers.device, *cache.tiers.host]:
+                cache.tiers.drop(checkpoint)
+            cache.sweep()
+            self.bench.step()
+            cache.check()
+            holdings = self.bench.scheduler.holdings
+            assert holdings.slots.held == holdings.blocks.held == cache.tiers.host_bytes == 0
+            assert not self.bench.runner.saved
+
+
 Traffic.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
 TestTraffic = Traffic.TestCase
+Readers.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+TestReaders = Readers.TestCase

@@ -1,0 +1,274 @@
+"""The shelf: a directory of states as files, named by their keys, that outlives the process.
+
+    DIRECTORY/states/KEY.safetensors      a state; written and read by threads of this process
+    DIRECTORY/contexts/ID.KEY.json        a named context (server.api.contexts): keeps KEY's file
+    DIRECTORY/quarantine/                 what was refused
+    DIRECTORY/lock                        held while a file is given up or a context is published
+
+Servers of several models, and several servers of one, may share a directory: a file is named by
+what is in it, appears whole or not at all, and is given up only while no context names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.chunk import Capacity, Image
+from server.engine import archive
+from server.engine.archive import ArchiveError, State
+from server.engine.chain import BLOCK, Chain
+from server.engine.jobs import Jobs
+from server.protocol import Trouble
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".safetensors"
+STALE_SECONDS = 3600.0  # a temporary file so old has no writer any more
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A file on the shelf: how many tokens its state has folded, and how large it is."""
+
+    key: str
+    block: str  # digest of the last whole block before its position
+    position: int
+    bytes: int
+
+
+class Full(OSError):
+    """The disk, or the budget of the shelf, has no room for a state."""
+
+
+class Shelf:
+    """States of this model in a directory, least recently used first, within a budget in bytes.
+
+    save(), load() and adopt() work in threads; what has come of them is told by jobs.done().
+    """
+
+    def __init__(self, directory: Path, capacity: Capacity, jobs: Jobs, *, budget: int) -> None:
+        self.directory = directory
+        self.capacity = capacity
+        self.jobs = jobs
+        self.budget = budget
+        self.entries: dict[str, Entry] = {}
+        self.bytes = 0  # of entries, and of files that are being written
+        self.save_seconds: list[float] = []
+        self.load_seconds: list[float] = []
+        self._blocks: dict[str, set[str]] = {}  # keys by the block that they follow
+        self._books = threading.RLock()
+        for name in ("states", "contexts", "quarantine"):
+            (directory / name).mkdir(parents=True, exist_ok=True)
+        self._scan()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.entries and self.path(key).exists()
+
+    def path(self, key: str) -> Path:
+        """Where a state lies."""
+        return self.directory / "states" / (key + SUFFIX)
+
+    def find(self, chain: Chain, most: int, least: int) -> Entry | None:
+        """The farthest state on the way of a sequence between two positions."""
+        if not self.entries:
+            return None
+        for index in range(most // BLOCK, least // BLOCK - 1, -1):
+            keys = self._blocks.get(chain.digest(index).hex(), ())
+            entries = [entry for key in keys if (entry := self.entries.get(key)) is not None]
+            for entry in sorted(entries, key=lambda entry: -entry.position):
+                if least <= entry.position <= most and chain.key(entry.position) == entry.key:
+                    return entry
+        return None
+
+    def save(
+        self,
+        chain: Chain,
+        position: int,
+        image: Image,
+        salt: str,
+        then: Callable[[Trouble | None], None],
+    ) -> None:
+        """Write a state in a thread; `then` is told why it could not be, None when it stands."""
+        begin = time.monotonic()
+
+        def end(future: Future[Entry]) -> None:
+            try:
+                self._enter(future.result())
+                self.save_seconds.append(time.monotonic() - begin)
+                trouble = None
+            except OSError as error:
+                log.error("state %s was not saved: %s", chain.key(position), error)
+                trouble = Trouble(507, f"a state could not be written: {error.strerror or error}")
+            then(trouble)
+
+        self.jobs.start(lambda: self._write(chain, position, image, salt), end)
+
+    def load(self, key: str, then: Callable[[State | Trouble], None]) -> None:
+        """Read and check a state in a thread; what is not good is put away."""
+        begin = time.monotonic()
+
+        def work() -> State:
+            path = self.path(key)
+            state = archive.read(path, self.capacity)
+            if state.key != key:
+                raise ArchiveError(f"it is the state {state.key}")
+            with contextlib.suppress(OSError):
+                os.utime(path)
+            return state
+
+        def end(future: Future[State]) -> None:
+            try:
+                state = future.result()
+                self.load_seconds.append(time.monotonic() - begin)
+                self.touch(key)
+            except ArchiveError as error:
+                self._refuse(self.path(key), error)
+                then(Trouble(410, f"its file is damaged, and was put away: {error}"))
+            except OSError as error:
+                self._leave(key)
+                then(Trouble(410, f"its file cannot be read: {error.strerror or error}"))
+            else:
+                then(state)
+
+        self.jobs.start(work, end)
+
+    def adopt(self, path: Path, then: Callable[[State | Trouble], None]) -> None:
+        """Check a file from elsewhere in a thread, and put its state on the shelf."""
+
+        def work() -> tuple[State, Entry | None]:
+            state = archive.read(path, self.capacity, besides=(archive.MESSAGES,))
+            if state.key in self:
+                return state, None
+            return state, self._write(state.chain, state.position, state.image, state.salt)
+
+        def end(future: Future[tuple[State, Entry | None]]) -> None:
+            try:
+                state, entry = future.result()
+                if entry is not None:
+                    self._enter(entry)
+            except ArchiveError as error:
+                then(Trouble(400, f"not a state of this model: {error}"))
+            except OSError as error:
+                then(Trouble(507, f"the state could not be written: {error.strerror or error}"))
+            else:
+                then(state)
+
+        self.jobs.start(work, end)
+
+    def drop(self, key: str) -> None:
+        """Give up a file."""
+        self._leave(key)
+        self.path(key).unlink(missing_ok=True)
+
+    def touch(self, key: str) -> None:
+        """Make it the most recently used."""
+        with self._books:
+            if (entry := self.entries.pop(key, None)) is not None:
+                self.entries[key] = entry
+
+    def _write(self, chain: Chain, position: int, image: Image, salt: str) -> Entry:
+        capacity, key = self.capacity, chain.key(position)
+        metadata = archive.describe(capacity, chain, position, salt=salt)
+        tokens = archive.narrow(chain.tokens[:position], capacity.vocab_size)
+        tensors = [tokens, *image.tensors]
+        size = sum(tensor.data.nbytes for tensor in tensors)
+        self._make_room(size)
+        try:
+            written = archive.write(self.path(key), metadata, tensors)
+        finally:
+            with self._books:
+                self.bytes -= size
+        return Entry(key, metadata["block"], position, written)
+
+    def _make_room(self, size: int) -> None:
+        """Give up files that no context names until so many bytes fit, and count them as taken.
+
+        Raises Full.
+        """
+        with locked(self.directory), self._books:
+            if self.bytes + size > self.budget:
+                named = {name.split(".")[1] for name in os.listdir(self.directory / "contexts")
+                         if name.count(".") == 2}  # fmt: skip
+                kept = sum(entry.bytes for key, entry in self.entries.items() if key in named)
+                if kept + size > self.budget:
+                    raise Full(
+                        errno.ENOSPC,
+                        f"disk_cache_gb = {self.budget / 1e9:g} has no room for {size} bytes: "
+                        f"contexts take {kept}",
+                    )
+                for key in [key for key in self.entries if key not in named]:
+                    if self.bytes + size <= self.budget:
+                        break
+                    self.drop(key)
+            self.bytes += size
+
+    def _enter(self, entry: Entry) -> None:
+        with self._books:
+            self._leave(entry.key)
+            self.entries[entry.key] = entry
+            self._blocks.setdefault(entry.block, set()).add(entry.key)
+            self.bytes += entry.bytes
+
+    def _leave(self, key: str) -> None:
+        with self._books:
+            entry = self.entries.pop(key, None)
+            if entry is not None:
+                self.bytes -= entry.bytes
+                self._blocks[entry.block].remove(key)
+                if not self._blocks[entry.block]:
+                    del self._blocks[entry.block]
+
+    def _refuse(self, path: Path, error: Exception) -> None:
+        """Put a file away where it is never looked at again, and say so."""
+        aside = self.directory / "quarantine" / f"{path.name}.{secrets.token_hex(4)}"
+        log.error("refused %s, put away as %s: %s", path, aside, error)
+        self._leave(path.name.removesuffix(SUFFIX))
+        with contextlib.suppress(OSError):
+            path.rename(aside)
+
+    def _scan(self) -> None:
+        """Find what earlier processes have left, the least recently used first."""
+        found = []
+        for path in (self.directory / "states").iterdir():
+            try:
+                times = path.stat()
+                if path.name.startswith(archive.TEMPORARY):
+                    if time.time() - times.st_mtime > STALE_SECONDS:
+                        path.unlink(missing_ok=True)
+                    continue
+                head = archive.read_header(path)
+                if head.metadata.get("fingerprint") != self.capacity.fingerprint:
+                    continue  # of another model that shares the directory
+                count = archive.check_header(head, self.capacity)
+                if times.st_size != head.size:
+                    raise ArchiveError(f"{times.st_size} bytes, {head.size} are due")
+                key = path.name.removesuffix(SUFFIX)
+                if head.metadata.get("key") != key:
+                    raise ArchiveError(f"it is the state {head.metadata.get('key')}")
+                block = head.metadata.get("block", "")
+                found.append((times.st_mtime, Entry(key, block, count, head.size)))
+            except ArchiveError as error:
+                self._refuse(path, error)
+            except OSError as error:
+                log.error("cannot read %s: %s", path, error)
+        for _, entry in sorted(found, key=lambda pair: pair[0]):
+            self._enter(entry)
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Alone among all processes that share the directory."""
+    with (directory / "lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,65 @@
+"""A step's work, the chunk that a request has in it, and the news that comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.chunk import Chunk, Copy, Sampled
+from server.engine.request import Request
+from server.protocol import Output, TokenLogprob, pack_tokens
+
+
+@dataclass(slots=True)
+class Work:
+    """What the runner does next: the copies in order, then one step over the chunks."""
+
+    copies: list[Copy]
+    chunks: list[Chunk]
+    requests: list[Request]  # whose chunk it is, in the same order
+    admitted: list[Request]  # who took its first slot, with or without a chunk
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(chunk.tokens) for chunk in self.chunks)
+
+
+def chunk_of(request: Request, count: int) -> Chunk:
+    """The next `count` tokens as a chunk; from here on they count as computed."""
+    assert request.slot is not None
+    start, end = request.computed, request.computed + count
+    request.computed = end
+    penalised = request.sampling.penalised
+    last = end == len(request.tokens) and not request.reading
+    return Chunk(
+        tokens=request.tokens[start:end],
+        start=start,
+        slot=request.slot,
+        blocks=request.blocks,
+        sampling=request.sampling if last else None,
+        generated=request.generated,
+        suppress=request.suppress if last else (),
+        prompt=start < request.prompt_length,
+        penalised=penalised,
+        before=request.tokens[:start] if start and start == request.cached and penalised else (),
+    )
+
+
+def output_of(
+    request: Request, drawn: Sampled | None = None, *, error: str | None = None
+) -> Output:
+    """What there is to tell of a request; `started` is told once."""
+    started = None if request.announced else request.started
+    request.announced = request.started is not None
+    logprobs = None
+    if drawn is not None and drawn.logprob is not None:
+        logprobs = [TokenLogprob(drawn.logprob, drawn.top)]
+    return Output(
+        id=request.id,
+        tokens=b"" if drawn is None else pack_tokens([drawn.token]),
+        logprobs=logprobs,
+        finish=request.finish,
+        error=error,
+        computed=min(request.computed, request.prompt_length),
+        cached=request.cached,
+        started=started,
+    )

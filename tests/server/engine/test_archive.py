@@ -1,0 +1,384 @@
+"""Files of states: whole or not there, believed once checked, put away when they are not good."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from array import array
+from pathlib import Path
+from random import Random
+
+import numpy
+import pytest
+
+from model.chunk import Capacity, Image, Layout, Tensor
+from server.engine import archive
+from server.engine.archive import ArchiveError
+from server.engine.chain import Chain, root_of, salt_digest
+from server.engine.jobs import Jobs
+from server.engine.shelf import Shelf
+from server.protocol import Trouble
+
+ROOT = Path(__file__).parents[3]
+SALT = salt_digest("")
+CAPACITY = Capacity(
+    slots=1,
+    state_bytes=400,
+    vocab_size=300,
+    fingerprint="f" * 64,
+    slot_layout=(Layout("state.0", "F32", (2, 5, 7)), Layout("keys.1", "BF16", (3, 4))),
+)
+
+
+def chain(length: int, seed: int = 0) -> Chain:
+    rng = Random(seed)
+    tokens = array("i", [rng.randrange(300) for _ in range(length)])
+    return Chain(root_of(CAPACITY.fingerprint, CAPACITY.dtype, SALT), tokens)
+
+
+def image(seed: int = 0) -> Image:
+    rng = numpy.random.default_rng(seed)
+    state = rng.standard_normal(70).astype("<f4")
+    keys = (rng.standard_normal(12).astype("<f4").view("<u4") >> 16).astype("<u2")
+    return Image([
+        Tensor("state.0", "F32", (2, 5, 7), state.view(numpy.uint8).data),
+        Tensor("keys.1", "BF16", (3, 4), keys.view(numpy.uint8).data),
+    ])  # fmt: skip
+
+
+def write(path: Path, length: int = 40, seed: int = 0) -> Chain:
+    made = chain(length, seed)
+    metadata = archive.describe(CAPACITY, made, length, salt=SALT)
+    tokens = archive.narrow(made.tokens, CAPACITY.vocab_size)
+    archive.write(path, metadata, [tokens, *image(seed).tensors])
+    return made
+
+
+def shelf(directory: Path, budget: int = 1 << 30) -> Shelf:
+    return Shelf(directory, CAPACITY, Jobs(), budget=budget)
+
+
+def save(kept: Shelf, length: int = 40, seed: int = 0) -> Trouble | None:
+    told: list[Trouble | None] = []
+    kept.save(chain(length, seed), length, image(seed), SALT, told.append)
+    kept.jobs.wait()
+    return told[0]
+
+
+def load(kept: Shelf, key: str) -> archive.State | Trouble:
+    told: list[archive.State | Trouble] = []
+    kept.load(key, told.append)
+    kept.jobs.wait()
+    return told[0]
+
+
+@pytest.mark.parametrize("length", [1, 63, 257, 781])
+def test_what_is_written_is_read(tmp_path: Path, length: int) -> None:
+    made = write(tmp_path / "a", length)
+    state = archive.read(tmp_path / "a", CAPACITY)
+    assert state.chain.tokens == made.tokens and state.key == made.key(length)
+    assert [bytes(t.data) for t in state.image.tensors] == [bytes(t.data) for t in image().tensors]
+    assert state.bytes == (tmp_path / "a").stat().st_size
+
+
+def test_the_library_reads_it_too(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    made = write(tmp_path / "a")
+    with safe_open(tmp_path / "a", framework="pt") as file:
+        assert file.metadata()["count"] == "40"
+        assert file.get_tensor("tokens").tolist() == made.tokens.tolist()
+        assert str(file.get_tensor("keys.1").dtype) == "torch.bfloat16"
+        state = numpy.frombuffer(image().tensors[0].data, dtype="<f4")
+        assert (file.get_tensor("state.0").numpy().ravel() == state).all()
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype"), [(256, "U8"), (272, "U16"), (65_536, "U16"), (65_537, "I32")]
+)
+def test_token_ids_are_narrow(vocab: int, dtype: str) -> None:
+    ids = array("i", [0, 1, vocab - 1])
+    narrow = archive.narrow(ids, vocab)
+    assert narrow.dtype == dtype
+    assert numpy.frombuffer(narrow.data, archive.WIDTHS[dtype]).tolist() == list(ids)
+
+
+def test_every_damaged_byte_is_noticed(tmp_path: Path) -> None:
+    """Any byte of the file, changed in any way: refused, or the same state."""
+    write(tmp_path / "a", 5)
+    good = (tmp_path / "a").read_bytes()
+    want = archive.read(tmp_path / "a", CAPACITY)
+    rng = Random(1)
+    harmless = 0
+    for at in range(len(good)):
+        bad = bytearray(good)
+        bad[at] ^= 1 << rng.randrange(8)
+        (tmp_path / "b").write_bytes(bad)
+        try:
+            state = archive.read(tmp_path / "b", CAPACITY)
+        except ArchiveError:
+            continue
+        harmless += 1
+        assert state.key == want.key and state.chain.tokens == want.chain.tokens
+        assert [bytes(t.data) for t in state.image.tensors] == [
+            bytes(t.data) for t in want.image.tensors
+        ]
+    assert harmless < 90  # the block's digest, spaces
+
+
+def test_every_cut_is_noticed(tmp_path: Path) -> None:
+    write(tmp_path / "a", 5)
+    good = (tmp_path / "a").read_bytes()
+    for length in [*range(0, len(good), 7), len(good) - 1]:
+        (tmp_path / "b").write_bytes(good[:length])
+        with pytest.raises(ArchiveError):
+            archive.read(tmp_path / "b", CAPACITY)
+    (tmp_path / "b").write_bytes(good + b"\0")
+    with pytest.raises(ArchiveError, match="are due"):
+        archive.read(tmp_path / "b", CAPACITY)
+
+
+def forge(path: Path, **changes: object) -> None:
+    """A file whose checksum is right, and something else is not."""
+    made = chain(40)
+    metadata = archive.describe(CAPACITY, made, 40, salt=SALT)
+    tensors = [archive.narrow(made.tokens, 300), *image().tensors]
+    for name, value in changes.items():
+        if name == "tensors":
+            tensors = value(tensors)  # type: ignore[operator]
+        else:
+            metadata[name] = str(value)
+    archive.write(path, metadata, tensors)
+
+
+def changed(name: str, dtype: str, shape: tuple[int, ...], data: bytes) -> object:
+    def change(tensors: list[Tensor]) -> list[Tensor]:
+        return [
+            Tensor(name, dtype, shape, memoryview(data)) if tensor.name == name else tensor
+            for tensor in tensors
+        ]
+
+    return change
+
+
+NAN = struct.pack("<70f", *[0.0] * 69, float("nan"))
+INFINITE = struct.pack("<12H", *[0] * 11, 0x7F80)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"fingerprint": "e" * 64}, "fingerprint"),
+        ({"dtype": "bfloat16"}, "dtype"),
+        ({"version": "2"}, "version"),
+        ({"format": "pt"}, "format"),
+        ({"count": 39}, "tokens"),
+        ({"count": -1}, "count"),
+        ({"count": "1" * 5000}, "count"),
+        ({"key": "0" * 64}, "key"),
+        ({"salt": "x"}, "salt"),
+        ({"salt": "0" * 64}, "key"),
+        ({"tensors": changed("state.0", "F32", (2, 5, 7), NAN)}, "finite"),
+        ({"tensors": changed("keys.1", "BF16", (3, 4), INFINITE)}, "finite"),
+        ({"tensors": changed("state.0", "F32", (2, 7, 5), bytes(280))}, "shape|is due"),
+        ({"tensors": changed("state.0", "I32", (2, 5, 7), bytes(280))}, "is due"),
+        ({"tensors": changed("tokens", "U16", (40,), struct.pack("<40H", *[300] * 40))}, "ids"),
+        ({"tensors": lambda tensors: tensors[:-1]}, "missing"),
+        ({"tensors": lambda t: [*t, Tensor("x", "U8", (1,), memoryview(b"a"))]}, "nothing is due"),
+    ],
+)
+def test_forged_files_are_refused(tmp_path: Path, changes: dict[str, object], why: str) -> None:
+    forge(tmp_path / "good")
+    archive.read(tmp_path / "good", CAPACITY)
+    forge(tmp_path / "a", **changes)
+    with pytest.raises(ArchiveError, match=why):
+        archive.read(tmp_path / "a", CAPACITY)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"[]", b"{}", b'{"__metadata__":[]}', b"[" * 5000, b'{"__metadata__":{"a":1}}', b"\xff" * 9,
+        b'{"__metadata__":{},"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}',
+        b'{"__metadata__":{},"a":{"dtype":"X","shape":[1],"data_offsets":[0,4]}}',
+        b'{"__metadata__":{},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+        b'{"__metadata__":{},"a":{"dtype":"F32","shape":[1e9],"data_offsets":[0,4]}}',
+    ],
+)  # fmt: skip
+def test_headers_that_make_no_sense(tmp_path: Path, head: bytes) -> None:
+    (tmp_path / "a").write_bytes(len(head).to_bytes(8, "little") + head + bytes(8))
+    with pytest.raises(ArchiveError):
+        archive.read_header(tmp_path / "a")
+
+
+def test_a_shelf_is_found_again(tmp_path: Path) -> None:
+    first = shelf(tmp_path)
+    assert save(first, 300) is None and save(first, 50, seed=1) is None
+    again = shelf(tmp_path)
+    assert again.entries.keys() == first.entries.keys() and again.bytes == first.bytes
+    found = again.find(Chain(chain(0).digest(0), chain(300).tokens + array("i", [7])), 300, 1)
+    assert found is not None and found.position == 300
+    state = load(again, found.key)
+    assert isinstance(state, archive.State) and state.chain.tokens == chain(300).tokens
+    assert again.find(chain(300), 299, 1) is None and again.find(chain(300, 2), 300, 1) is None
+
+
+def test_what_is_damaged_is_put_away_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = shelf(tmp_path)
+    save(kept)
+    key = chain(40).key(40)
+    data = bytearray(kept.path(key).read_bytes())
+    data[-1] ^= 1
+    kept.path(key).write_bytes(data)
+    trouble = load(kept, key)
+    assert isinstance(trouble, Trouble) and trouble.status == 410
+    assert "checksum" in trouble.message and key in caplog.text
+    assert key not in kept and kept.bytes == 0
+    assert [path.name[:64] for path in (tmp_path / "quarantine").iterdir()] == [key]
+    assert save(kept) is None and isinstance(load(kept, key), archive.State)
+
+
+def test_foreign_files_are_left_alone_or_put_away(tmp_path: Path) -> None:
+    kept = shelf(tmp_path)
+    forge(tmp_path / "states" / "foreign.safetensors", fingerprint="e" * 64)
+    forge(tmp_path / "states" / "renamed.safetensors")
+    (tmp_path / "states" / "noise.safetensors").write_bytes(b"noise" * 100)
+    (tmp_path / "states" / "tmp-1-a").write_bytes(b"being written")
+    os.utime(tmp_path / "states" / "tmp-1-a", (1, 1))
+    (tmp_path / "states" / "tmp-1-b").write_bytes(b"being written")
+    assert not shelf(tmp_path).entries and not kept.entries
+    left = {path.name for path in (tmp_path / "states").iterdir()}
+    assert left == {"foreign.safetensors", "tmp-1-b"}
+    assert len(list((tmp_path / "quarantine").iterdir())) == 2
+
+
+def test_the_least_recently_used_go_first_and_contexts_never(tmp_path: Path) -> None:
+    kept = shelf(tmp_path)
+    save(kept)
+    size = kept.bytes
+    kept = shelf(tmp_path, budget=3 * size + 100)
+    keys = [chain(40, seed).key(40) for seed in range(8)]
+    (tmp_path / "contexts" / f"name.{keys[0]}.json").write_text("{}")
+    for seed in range(1, 4):
+        assert save(kept, seed=seed) is None
+    kept.touch(keys[2])
+    assert save(kept, seed=4) is None
+    assert list(kept.entries) == [keys[0], keys[2], keys[4]]
+    for seed in (2, 4):
+        (tmp_path / "contexts" / f"name.{keys[seed]}.json").write_text("{}")
+    trouble = save(kept, seed=5)
+    assert trouble is not None and trouble.status == 507 and "disk_cache_gb" in trouble.message
+    assert set(kept.entries) == {keys[0], keys[2], keys[4]}
+    assert kept.bytes == sum(entry.bytes for entry in kept.entries.values())
+    assert kept.bytes == sum(p.stat().st_size for p in (tmp_path / "states").iterdir())
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = shelf(tmp_path)
+    save(kept)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(archive.os, "fsync", full)
+        trouble = save(kept, seed=1)
+    assert trouble is not None and trouble.status == 507 and "No space left" in trouble.message
+    assert len(list((tmp_path / "states").iterdir())) == len(kept.entries) == 1
+    assert save(kept, seed=1) is None
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from tests.server.engine.test_archive import save, shelf
+kept = shelf(Path(sys.argv[1]), budget=int(sys.argv[3]))
+print("ready", flush=True)
+for seed in range(int(sys.argv[2]), 10**9):
+    assert save(kept, 500, seed) is None
+    print(seed, flush=True)
+"""
+
+
+def writer(directory: Path, start: int, budget: int = 1 << 30) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(directory), str(start), str(budget)],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_killed_at_any_moment_nothing_is_wrong(tmp_path: Path) -> None:
+    """A process forks writers and kills each at a random point, hundreds of times."""
+    rng = Random(5)
+    told = cut = 0
+    made = chain(300)
+    metadata = archive.describe(CAPACITY, made, 300, salt=SALT)
+    tensors = [archive.narrow(made.tokens, CAPACITY.vocab_size), *image().tensors]
+    begin = time.monotonic()
+    for number in range(20):
+        archive.write(tmp_path / str(number), metadata, tensors)
+    one = (time.monotonic() - begin) / 20  # what a write takes here and now
+    for _ in range(250):
+        source, sink = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                os.close(source)
+                os.write(sink, b"begun\n")
+                for number in range(1000):
+                    archive.write(tmp_path / str(number), metadata, tensors)
+                    os.write(sink, f"{number}\n".encode())
+            finally:
+                os._exit(1)
+        os.close(sink)
+        os.read(source, 6)
+        time.sleep(rng.random() * (3 * one + 0.001))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        with os.fdopen(source) as pipe:
+            numbers = pipe.read().split()
+        told += len(numbers)
+        assert all((tmp_path / number).exists() for number in numbers)  # what was told stands
+        for path in tmp_path.iterdir():
+            if path.name.startswith(archive.TEMPORARY):
+                cut += 1
+            else:
+                assert archive.read(path, CAPACITY).key == made.key(300)
+            path.unlink()
+    assert told > 5 and cut > 5
+
+
+def test_two_processes_on_one_directory(tmp_path: Path) -> None:
+    """Both write the same states and give up files for want of room; a third one reads."""
+    budget = 30_000
+    processes = [writer(tmp_path, start, budget) for start in (0, 5)]
+    try:
+        lines = []
+        for process in processes:
+            assert process.stdout is not None
+            lines += [process.stdout.readline() for _ in range(60)]
+        assert all(lines)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+    kept = shelf(tmp_path)
+    assert kept.entries and not list((tmp_path / "quarantine").iterdir())
+    for key in list(kept.entries):
+        assert isinstance(load(kept, key), archive.State)
+    shutil.rmtree(tmp_path / "states")
+    [key] = [json.dumps(kept.directory.name)]  # a directory that vanished is no crash
+    assert isinstance(load(kept, key), Trouble)

@@ -1,0 +1,169 @@
+"""Real models: what a checkpoint saves changes nothing. Cached equals cold, token for token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from model.chunk import Chunk, Copy, Image, Place, Sampling
+from model.runner import ModelRunner, load_runner
+from server.engine.scheduler import Scheduler
+from server.protocol import Generate, Output, pack_tokens, unpack_tokens
+from tests.model.checkpoints import LIGHTNING, SOFTMAX, write
+
+VOCAB = 97
+KINDS = {
+    "pure": {"layer_types": [LIGHTNING] * 2},
+    "window": {"layer_types": [LIGHTNING, SOFTMAX], "sliding_window": 24},
+    "hybrid": {"layer_types": [SOFTMAX, LIGHTNING]},
+}
+ONE_EXPERT = {"num_hidden_layers": 2, "num_local_experts": 1, "num_experts_per_tok": 1}
+
+
+def load(
+    path: Path, kind: str, *, ring: int = 0, device: str = "cpu", **options: object
+) -> ModelRunner:
+    directory = path / kind
+    if not directory.is_dir():
+        write(directory, **ONE_EXPERT, **KINDS[kind])
+    return load_runner(
+        directory, device=device, dtype="float32", max_running=16, max_step_tokens=512,
+        state_memory_gb=0.02, ring=ring, threads=1, **options,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+class Engine:
+    """A scheduler and a runner, without a loop."""
+
+    def __init__(self, runner: ModelRunner, *, caching: bool, host_bytes: int = 0) -> None:
+        self.runner = runner
+        self.computed = 0
+        self.scheduler = Scheduler(
+            runner.capacity, max_step_tokens=512, caching=caching, host_bytes=host_bytes
+        )
+
+    def run(self, messages: list[Generate]) -> dict[str, list[Output]]:
+        for message in messages:
+            self.scheduler.add(message)
+        outputs: dict[str, list[Output]] = {message.id: [] for message in messages}
+        while not self.scheduler.idle:
+            work = self.scheduler.schedule(0.0)
+            self.runner.copy(work.copies)
+            self.computed += work.tokens
+            for output in self.scheduler.complete(work, self.runner.step(work.chunks)):
+                outputs[output.id].append(output)
+        self.scheduler.check_integrity()
+        return outputs
+
+
+def ask(id: str, tokens: list[int], sampling: Sampling, boundaries: list[int]) -> Generate:
+    return Generate(
+        id=id, tokens=pack_tokens(tokens), sampling=sampling, max_tokens=4, boundaries=boundaries
+    )
+
+
+def told(outputs: list[Output]) -> tuple[list[int], list[float]]:
+    tokens = [token for output in outputs for token in unpack_tokens(output.tokens)]
+    return tokens, [entry.logprob for output in outputs for entry in output.logprobs or ()]
+
+
+def conversations(rng: Random, count: int) -> list[list[int]]:
+    documents = [[rng.randrange(VOCAB) for _ in range(200)] for _ in range(6)]
+    return [
+        rng.choice(documents)[: rng.randrange(40, 200)]
+        + [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 30))]
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "ring", "count"),
+    [("pure", 0, 500), ("window", 0, 200), ("hybrid", 0, 200), ("pure", 8, 200)],
+)
+def test_cached_equals_cold_over_random_conversations(
+    models: Path, kind: str, ring: int, count: int
+) -> None:
+    rng = Random(count)
+    runner = load(models, kind, ring=ring)
+    cold = Engine(load(models, kind, ring=ring), caching=False)
+    warm = Engine(runner, caching=True, host_bytes=4_000_000)
+    greedy = Sampling(temperature=0.0, logprobs=0)
+    talks = conversations(rng, count)
+    for turn in range(2):
+        messages = []
+        for number, tokens in enumerate(talks):
+            boundaries = sorted(rng.sample(range(1, len(tokens)), min(2, len(tokens) - 1)))
+            sampling = greedy if number % 5 else replace(greedy, repetition_penalty=1.2)
+            messages.append(ask(f"{turn}-{number}", tokens, sampling, boundaries))
+        want, got = cold.run(messages), warm.run(messages)
+        for number, message in enumerate(messages):
+            (ids, logprobs), (cached_ids, cached_logprobs) = (
+                told(run[message.id]) for run in (want, got)
+            )
+            assert cached_ids == ids, message.id
+            assert cached_logprobs == pytest.approx(logprobs, abs=1e-4)
+            talks[number] = [*talks[number], *ids, *(rng.randrange(VOCAB) for _ in range(12))]
+    cache = warm.scheduler.checkpoints
+    assert cache is not None and cache.hits > count // 2 and warm.computed < 0.7 * cold.computed
+
+
+@pytest.mark.parametrize(("kind", "ring"), [("pure", 0), ("window", 0), ("hybrid", 0), ("pure", 8)])
+@pytest.mark.parametrize("length", [5, 63, 100, 129])
+def test_swap_fork_export_and_import_change_no_bit(
+    models: Path, kind: str, ring: int, length: int
+) -> None:
+    """Every road out of a slot and back into another leads to the same log-probabilities."""
+    runner, other = (load(models, kind, ring=ring, device="auto") for _ in range(2))
+    hybrid = runner.capacity.block_size > 0
+    draw = Sampling(temperature=0.0, logprobs=20)
+    size = -(-length // 64)
+    first, second = (tuple(range(size)), tuple(range(size, 2 * size))) if hybrid else ((), ())
+    tokens = [i * 31 % VOCAB for i in range(length)]
+
+    def go_on(runner: ModelRunner, slot: int, blocks: tuple[int, ...]) -> object:
+        more = (*blocks, 30) if hybrid else ()
+        drawn = []
+        for step in range(12):  # past a fold of the ring
+            chunk = Chunk(tokens=[step], start=length + step, slot=slot, blocks=more, sampling=draw)
+            drawn += runner.step([chunk])
+        return [(one.token, one.logprob, one.top) for one in drawn]
+
+    runner.step([Chunk(tokens=tokens[:-2], start=0, slot=0, blocks=first)])
+    for at in (length - 2, length - 1):  # decoded: they are in the ring
+        runner.step([Chunk(tokens=tokens[at : at + 1], start=at, slot=0, blocks=first)])
+    here = Place(slot=0, blocks=first, position=length)
+    host, image = Place(key="k", position=length), Place(image=Image(), position=length)
+    runner.copy([Copy(here, host, True), Copy(host, image)])
+    other.copy([Copy(image, host), Copy(host, Place(slot=2, blocks=second, position=length))])
+    runner.copy([Copy(here, Place(slot=1, blocks=second, position=length), True)])
+    want = go_on(runner, 1, second)
+    runner.copy([Copy(host, Place(slot=3, blocks=second, position=length), True)])
+    assert go_on(runner, 3, second) == want
+    assert go_on(other, 2, second) == want
+    assert go_on(runner, 0, first) == want
+    runner.copy([Copy(host, None)])
+    assert not runner.saved
+
+
+def test_an_image_tells_nothing_of_who_was_there_before(models: Path) -> None:
+    """A slot that is used again has another's keys in its window: they leave in no image."""
+    images = []
+    for warm in (False, True):
+        runner = load(models, "window", ring=8, device="auto")
+        if warm:
+            runner.step([Chunk(tokens=list(range(90)), start=0, slot=0)])
+            runner.step([Chunk(tokens=[1], start=90, slot=0)])
+        runner.step([Chunk(tokens=[3, 4, 5], start=0, slot=0)])
+        host, image = Place(key="k", position=3), Image()
+        runner.copy([Copy(Place(slot=0, position=3), host, True)])
+        runner.copy([Copy(host, Place(image=image))])
+        images.append({t.name: bytes(t.data) for t in image.tensors})
+    assert images[0] == images[1]
