@@ -1,4 +1,4 @@
-"""Every message that passes between the API process and the engine process, as msgspec structs.
+"""Every message that passes between API processes and the engine process, as msgspec structs.
 
 Token ids travel as raw little-endian int32 bytes. Times are time.monotonic(), which the processes
 of one host share. Encoded with msgpack over ZeroMQ ipc sockets; nothing is ever pickled.
@@ -18,9 +18,11 @@ class Generate(msgspec.Struct, tag=True, kw_only=True):
 
     Generation ends with reason "stop" when an id of stop_token_ids is drawn (not before
     min_tokens, until when these ids are suppressed), with "length" at max_tokens or at the
-    model's maximum length. Checkpoints are shared among prompts of one salt; boundaries are the
-    positions where messages end. With `base`, the tokens follow those of the state of that key,
-    less the last `drop` of these.
+    model's maximum length. With `more`, the rest of the prompt follows in Extends, and no token is
+    drawn until the last of these; the prompt is `expected` to have about so many tokens in all.
+    Checkpoints are shared among prompts of one salt; boundaries are the positions where messages
+    end. With `base`, the tokens follow those of the state of that key, less the last `drop` of
+    these; such a prompt is complete.
     """
 
     id: str
@@ -29,10 +31,22 @@ class Generate(msgspec.Struct, tag=True, kw_only=True):
     max_tokens: int
     min_tokens: int = 0
     stop_token_ids: list[int] = []
+    more: bool = False
+    expected: int = 0
     salt: str = ""
     boundaries: list[int] = []
     base: str = ""
     drop: int = 0
+
+
+class Extend(msgspec.Struct, tag=True, kw_only=True):
+    """The next tokens of a prompt, perhaps none; the last ones unless there is `more`. Boundaries
+    are counted from the prompt's beginning."""
+
+    id: str
+    tokens: bytes
+    more: bool
+    boundaries: list[int] = []
 
 
 class Read(msgspec.Struct, tag=True, kw_only=True):
@@ -191,8 +205,15 @@ class Ready(msgspec.Struct, tag=True, kw_only=True):
     seconds: dict[str, float]
 
 
-ToEngine = Generate | Read | Abort | Pin | Fetch | Export | Import
+ToEngine = Generate | Extend | Read | Abort | Pin | Fetch | Export | Import
 FromEngine = Ready | Step | Reply
+
+
+def worker_of(id: str, workers: int) -> int:
+    """The API process that a request is from: its number stands before a dot."""
+    number, dot, _ = id.partition(".")
+    known = dot and number.isdecimal() and int(number) < workers
+    return int(number) if known else 0
 
 
 def pack_tokens(ids: list[int] | array[int]) -> bytes:

@@ -44,6 +44,9 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    api_workers: int = Field(
+        1, ge=1, le=64, description="processes that speak HTTP behind the one port"
+    )
     api_key: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="accepted API keys, comma separated; none here nor in a file: open to all",

@@ -32,10 +32,18 @@ class CacheMetrics:
         self._found = counter("checkpoint_hits_total", "requests that found one").labels(model)
         self._misses = counter("checkpoint_misses_total", "requests that found none", "reason")
         self._bytes = Gauge(
-            PREFIX + "checkpoint_bytes", "of states kept", [*names, "tier"], registry=registry
+            PREFIX + "checkpoint_bytes",
+            "of states kept",
+            [*names, "tier"],
+            registry=registry,
+            multiprocess_mode="mostrecent",
         )
         self._count = Gauge(
-            PREFIX + "checkpoints", "states kept", [*names, "tier"], registry=registry
+            PREFIX + "checkpoints",
+            "states kept",
+            [*names, "tier"],
+            registry=registry,
+            multiprocess_mode="mostrecent",
         )
         self._seconds = {
             kind: Histogram(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Mapping
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,8 +13,9 @@ from starlette.responses import Response
 from server.api.choice import Piece, TokenChoice
 from server.api.continuing import after_messages, open_context, template_kwargs
 from server.api.disconnect import unless_disconnected
-from server.api.generate import Generation, Prompt, options_of, start
+from server.api.generate import Generation, Prompt, begun, options_of, start
 from server.api.logs import Record
+from server.api.pieces import Pieces
 from server.api.reasoning import OPEN, opened
 from server.api.schemas import ChatBody, Message, TemplateBody, for_template
 from server.api.service import Service, TheService
@@ -48,10 +50,10 @@ async def chat(request: Request, service: TheService) -> Response:
     return JSON(await unless_disconnected(request, _whole(service, body, head, request)))
 
 
-async def encode_messages(service: Service, body: TemplateBody, messages: list[Message]) -> Prompt:
-    """A conversation as a prompt."""
+async def encode_messages(service: Service, body: TemplateBody, messages: list[Message]) -> Pieces:
+    """A conversation on its way to ids."""
     ending = body.add_generation_prompt
-    tokens = await service.tokenizer.encode_chat(
+    return await service.tokenizer.chat_pieces(
         for_template(messages),
         add_generation_prompt=not body.continue_final_message if ending is None else ending,
         continue_final_message=body.continue_final_message,
@@ -59,12 +61,12 @@ async def encode_messages(service: Service, body: TemplateBody, messages: list[M
         tools=[tool.for_template() for tool in body.offered],
         kwargs=template_kwargs(body),
     )
-    return Prompt(tokens, boundaries=service.tokenizer.boundaries(tokens))
 
 
 async def _begin(service: Service, body: ChatBody, request: Request) -> Generation:
     if body.context is None:
-        prompt = await encode_messages(service, body, body.messages)
+        pieces = await encode_messages(service, body, body.messages)
+        prompt = await begun(service, pieces, ends=service.tokenizer.boundaries)
     else:
         context = await open_context(
             service, body.context, request.state.owner, salt=body.cache_salt
@@ -75,9 +77,9 @@ async def _begin(service: Service, body: ChatBody, request: Request) -> Generati
         service,
         max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        thinking=_thinking(service, body, prompt) if service.tells_reasoning else None,
     )
-    return start(service, [prompt], options, request.state.record)
+    thinking = partial(_thinking, service, body) if service.tells_reasoning else None
+    return await start(service, [prompt], options, request.state.record, thinking=thinking)
 
 
 def _thinking(service: Service, body: ChatBody, prompt: Prompt) -> bool:

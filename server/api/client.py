@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
-import os
+import secrets
 import shutil
-import sys
-import tempfile
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import Process
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 
@@ -20,11 +20,14 @@ import zmq
 import zmq.asyncio
 
 from model.chunk import Capacity
-from server.engine.line import address
+from server.api.launch import end, launch, new_directory
+from server.api.ledger import REQUESTS, RUNNING, TOKENS, Ledger
+from server.engine.line import LEDGER, address, outbox_name
 from server.errors import EngineDeadError
 from server.protocol import (
     Abort,
     Export,
+    Extend,
     Fetch,
     FromEngine,
     Generate,
@@ -42,7 +45,8 @@ from server.settings import Settings
 
 log = logging.getLogger(__name__)
 
-TERM_SECONDS = 5.0  # how long the engine may take to obey SIGTERM
+READY_SECONDS = 0.02  # how often API processes look whether the others are ready
+BURST = 16  # messages taken in a row
 
 
 class EngineStream:
@@ -55,6 +59,7 @@ class EngineStream:
         self.ended = False  # whether the engine has said its last word
         self.closed = False
         self._client = client
+        self._sent = prompt_tokens
         self._outputs: deque[Output] = deque()
         self._news = asyncio.Event()
 
@@ -63,6 +68,13 @@ class EngineStream:
         self.ended |= output.finish is not None
         self._outputs.append(output)
         self._news.set()
+
+    def extend(self, tokens: bytes, *, more: bool, boundaries: Sequence[int] = ()) -> None:
+        """Send more of a prompt that was submitted with `more`."""
+        self._sent += len(tokens) // 4
+        counted = max(self.prompt_tokens, self._sent) if more else self._sent
+        message = Extend(id=self.id, tokens=tokens, more=more, boundaries=list(boundaries))
+        self._client.extend(self, message, counted)
 
     def wake(self) -> None:
         """Let the consumer see that the engine is gone."""
@@ -105,21 +117,25 @@ class EngineStream:
 
 
 class EngineClient:
-    """Starts the engine process, talks to it, and knows when it is gone.
+    """Talks to the engine process, and knows when it is gone. Starts it, or joins it as one of
+    several API processes that share a ledger.
 
-    A request is waiting from submit() until the engine has given it a slot, then running. An id
-    is live until the engine has confirmed its end, a little longer than its stream.
+    A request is waiting from submit() until the engine has given it a slot, then running; these
+    are counted over all API processes. An id is live until the engine has confirmed its end, a
+    little longer than its stream.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, worker: int = 0, ledger: Ledger | None = None) -> None:
+        self.worker = worker
+        self.ledger = ledger
         self.stats = Stats(running=0, waiting=0, slots_used=0, slots_total=0)
         self.seconds: dict[str, float] = {}
         self.is_ready = False
         self.is_dead = False  # the process ended, told to or not, or was given up
         self.died = asyncio.Event()  # it ended by itself
         self.observers: list[Callable[[Step], None]] = []
-        self.waiting_requests = 0
-        self.waiting_tokens = 0
+        self._waiting_requests = 0
+        self._waiting_tokens = 0
         self._capacity: Capacity | None = None
         self._streams: dict[str, EngineStream] = {}
         self._calls: dict[str, asyncio.Future[Reply]] = {}
@@ -133,10 +149,10 @@ class EngineClient:
         self._inbox.set_hwm(0)
         self._outbox = self._context.socket(zmq.PUSH)
         self._outbox.set_hwm(0)
-        self._process: Process
+        self._process: Process | None = None
         self._tasks: list[asyncio.Task[None]] = []
         try:
-            self._inbox.bind(address(directory, "outbox"))
+            self._inbox.bind(address(directory, outbox_name(worker)))
             self._outbox.connect(address(directory, "inbox"))
         except BaseException:
             self._clean_up()
@@ -145,18 +161,31 @@ class EngineClient:
     @classmethod
     async def start(cls, settings: Settings, command: list[str] | None = None) -> EngineClient:
         """Start the engine process; it loads while the caller goes on. See ready()."""
-        client = cls(_new_directory())
+        client = cls(new_directory())
         try:
-            await client._launch(settings, command or [sys.executable, "-m", "server.engine"])
+            await client._launch(settings, command)
         except BaseException:
             client._clean_up()
             raise
         return client
 
+    @classmethod
+    async def join(cls, directory: Path, worker: int) -> EngineClient:
+        """Talk to an engine that another process starts, and whose death it tells by bury()."""
+        client = cls(directory, worker=worker, ledger=Ledger(directory / LEDGER, worker))
+        client._tasks = [asyncio.create_task(client._receive(), name="engine-messages")]
+        return client
+
     async def ready(self) -> None:
-        """Return once the engine has loaded; EngineDeadError when it ends before that."""
+        """Return once the engine has loaded and all API processes know it; EngineDeadError when it
+        ends before that."""
         await self._changed.wait()
         self.check_alive()
+        if self.ledger is not None:
+            self.ledger.ready()
+            while not self.ledger.all_ready:
+                await asyncio.sleep(READY_SECONDS)
+                self.check_alive()
 
     @property
     def capacity(self) -> Capacity:
@@ -167,12 +196,21 @@ class EngineClient:
 
     @property
     def pid(self) -> int:
+        assert self._process is not None, "another process has started it"
         return self._process.pid
 
     @property
     def running(self) -> int:
         """Requests that hold a slot, preempted ones included."""
-        return sum(not stream.closed for stream in self._streams.values()) - self.waiting_requests
+        return self._running if self.ledger is None else self.ledger.total(RUNNING)
+
+    @property
+    def waiting_requests(self) -> int:
+        return self._waiting_requests if self.ledger is None else self.ledger.total(REQUESTS)
+
+    @property
+    def waiting_tokens(self) -> int:
+        return self._waiting_tokens if self.ledger is None else self.ledger.total(TOKENS)
 
     @property
     def free_slots(self) -> int:
@@ -184,17 +222,38 @@ class EngineClient:
         if self.is_dead:
             raise EngineDeadError(self._epitaph)
 
+    def admitting(self) -> AbstractContextManager[None]:
+        """While it is held no other API process takes up requests. Never wait in it."""
+        return contextlib.nullcontext() if self.ledger is None else self.ledger.lock()
+
+    def new_id(self) -> str:
+        """An id that no other request has, and whose Outputs come here."""
+        return f"{self.worker}.{secrets.token_hex(12)}"
+
     def submit(self, generate: Generate | Read) -> EngineStream:
         """Send a request. ValueError: its id is live; EngineDeadError: there is no engine."""
         self.check_alive()
         if generate.id in self._streams:
             raise ValueError(f"request {generate.id!r} is under way")
         stream = EngineStream(self, generate.id, len(generate.tokens) // 4)
+        if isinstance(generate, Generate):
+            stream.prompt_tokens = max(stream.prompt_tokens, generate.expected)
         self._streams[stream.id] = stream
-        self.waiting_requests += 1
-        self.waiting_tokens += stream.prompt_tokens
+        self._waiting_requests += 1
+        self._waiting_tokens += stream.prompt_tokens
+        self._enter()
         self._send(generate)
         return stream
+
+    def extend(self, stream: EngineStream, message: Extend, prompt_tokens: int) -> None:
+        """Send more of a prompt, which now counts as so many tokens."""
+        if self._streams.get(stream.id) is not stream or stream.closed:
+            return
+        if not stream.started:
+            self._waiting_tokens += prompt_tokens - stream.prompt_tokens
+            self._enter()
+        stream.prompt_tokens = prompt_tokens
+        self._send(message)
 
     async def call(self, message: Fetch | Export | Import) -> Reply:
         """Ask about a state, and wait for the answer. EngineDeadError: there is no engine."""
@@ -214,6 +273,7 @@ class EngineClient:
         """Abort a closed stream's request, unless it has ended."""
         if self._streams.get(stream.id) is stream and not stream.ended:
             self._leave_queue(stream)
+            self._enter()
             self._send(Abort([stream.id]))
 
     def abandon(self, why: str) -> None:
@@ -228,41 +288,37 @@ class EngineClient:
     async def close(self) -> None:
         """End the engine (SIGTERM, then SIGKILL) and every stream; nothing is left behind."""
         self._closing = True
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.terminate()
-            try:
-                await asyncio.wait_for(self._process.wait(), TERM_SECONDS)
-            except TimeoutError:
-                log.warning("the engine did not obey SIGTERM for %g s: killing it", TERM_SECONDS)
-                with contextlib.suppress(ProcessLookupError):
-                    self._process.kill()
-                await self._process.wait()
+        if self._process is not None:
+            await end(self._process)
         self._bury()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._clean_up()
 
-    async def _launch(self, settings: Settings, command: list[str]) -> None:
-        self._process = await asyncio.create_subprocess_exec(
-            *command, "--directory", str(self._directory), stdin=PIPE
-        )
+    def bury(self, epitaph: str) -> None:
+        """The engine is gone, or will be: streams and submit() end with EngineDeadError."""
+        if not self._closing:
+            self._epitaph = epitaph
+            log.critical(epitaph)
+            self._bury()
+            self.died.set()
+
+    async def _launch(self, settings: Settings, command: list[str] | None) -> None:
+        self._process = process = await launch(settings, self._directory, command)
         self._tasks = [
             asyncio.create_task(self._receive(), name="engine-messages"),
-            asyncio.create_task(self._watch(), name="engine-process"),
+            asyncio.create_task(self._watch(process), name="engine-process"),
         ]
-        stdin = self._process.stdin
-        assert stdin is not None
-        public = settings.keyless.model_copy(update={"hub_token": None})  # it needs no secret
-        stdin.write(public.model_dump_json().encode())
-        stdin.close()  # after what was written
 
     def _clean_up(self) -> None:
         self._inbox.close(linger=0)
         self._outbox.close(linger=0)
         self._context.term()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        if self.ledger is None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+        else:
+            self.ledger.close()
 
     def _send(self, message: ToEngine) -> None:
         if not self.is_dead:
@@ -271,7 +327,7 @@ class EngineClient:
     async def _receive(self) -> None:
         decoder = msgspec.msgpack.Decoder(FromEngine)
         try:
-            while True:
+            for number in itertools.count(1):
                 message: FromEngine = decoder.decode(await self._inbox.recv())
                 if isinstance(message, Ready):
                     self._capacity, self.seconds = message.capacity, message.seconds
@@ -284,11 +340,17 @@ class EngineClient:
                         answer.set_result(message)
                 else:
                     self._deliver(message)
-                await asyncio.sleep(0)  # recv() does not yield while messages are queued
+                # recv() does not yield while messages are queued: what has piled up is delivered
+                # together, and a stream that lags behind gets one Output of it
+                if number % BURST == 0:
+                    await asyncio.sleep(0)
         except Exception:
-            log.exception("the engine cannot be understood: killing it")
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+            log.exception("the engine cannot be understood: giving it up")
+            if self._process is None:
+                self.bury("the engine cannot be understood")
+            else:
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.kill()
 
     def _deliver(self, step: Step) -> None:
         self.stats = step.stats
@@ -301,6 +363,7 @@ class EngineClient:
             if output.finish is not None:
                 del self._streams[output.id]
             stream.push(output)
+        self._enter()
         for observer in self.observers:
             try:
                 observer(step)
@@ -311,16 +374,23 @@ class EngineClient:
         """It waits no more: it runs, was closed or has ended."""
         if not stream.started:
             stream.started = True
-            self.waiting_requests -= 1
-            self.waiting_tokens -= stream.prompt_tokens
+            self._waiting_requests -= 1
+            self._waiting_tokens -= stream.prompt_tokens
 
-    async def _watch(self) -> None:
-        code = await self._process.wait()
-        if not self._closing:
-            self._epitaph = f"the engine process ended with exit code {code}"
-            log.critical(self._epitaph)
-            self._bury()
-            self.died.set()
+    @property
+    def _running(self) -> int:
+        return sum(not stream.closed for stream in self._streams.values()) - self._waiting_requests
+
+    def _enter(self) -> None:
+        """Let the other API processes know what this one has."""
+        if self.ledger is not None:
+            self.ledger.write(
+                running=self._running, requests=self._waiting_requests, tokens=self._waiting_tokens
+            )
+
+    async def _watch(self, process: Process) -> None:
+        code = await process.wait()
+        self.bury(f"the engine process ended with exit code {code}")
 
     def _bury(self) -> None:
         self.is_dead, self.is_ready = True, False
@@ -331,16 +401,8 @@ class EngineClient:
         for answer in self._calls.values():
             if not answer.done():
                 answer.set_exception(EngineDeadError(self._epitaph))
-        self.waiting_requests = self.waiting_tokens = 0
-
-
-def _new_directory() -> Path:
-    """A directory of mode 0700 for the sockets, under /tmp where their paths would be too long."""
-    parent = tempfile.gettempdir()
-    length = len(os.fsencode(parent)) + len("/steadystate-12345678/outbox")
-    if length > zmq.IPC_PATH_MAX_LEN and os.path.isdir("/tmp"):
-        parent = "/tmp"
-    return Path(tempfile.mkdtemp(prefix="steadystate-", dir=parent))
+        self._waiting_requests = self._waiting_tokens = 0
+        self._enter()
 
 
 def merge(outputs: list[Output]) -> Output:

@@ -15,7 +15,7 @@ from server.api.choice import Piece, TokenChoice
 from server.api.continuing import after_text, after_tokens, open_context
 from server.api.detokenizer import UNFINISHED
 from server.api.disconnect import unless_disconnected
-from server.api.generate import Generation, Prompt, check_tokens, options_of, start
+from server.api.generate import Generation, Prompt, begun, check_tokens, options_of, start
 from server.api.logs import Record
 from server.api.registry import Record as Context
 from server.api.schemas import CompletionBody
@@ -65,7 +65,7 @@ async def _begin(service: Service, body: CompletionBody, request: Request) -> Ge
         )
     prompts = [await _prompt(service, body, prompt, context) for prompt in body.prompt]
     options = options_of(body, service, max_tokens=body.max_tokens, logprobs=body.logprobs)
-    return start(service, prompts, options, request.state.record)
+    return await start(service, prompts, options, request.state.record)
 
 
 async def _prompt(
@@ -74,8 +74,9 @@ async def _prompt(
     if isinstance(prompt, str):
         if context is not None:
             return await after_text(service, context, prompt)
-        tokens = await service.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens)
-        return Prompt(tokens, prompt)
+        special = body.add_special_tokens
+        pieces = service.tokenizer.pieces(prompt, add_special_tokens=special)
+        return await begun(service, pieces, prompt)
     tokens = await service.off_loop(len(prompt), partial(_checked, service, prompt))
     text = await service.tokenizer.decode_long(prompt) if body.echo else None
     return Prompt(tokens, text) if context is None else after_tokens(context, tokens, text)

@@ -29,8 +29,13 @@ from server.protocol import Read, pack_tokens
 
 
 async def _enabled(service: TheService) -> None:
-    if not service.settings.prefix_caching:
+    settings = service.settings
+    if not settings.prefix_caching:
         raise RequestError("there are no contexts where prefix_caching is off")
+    if settings.api_workers > 1 and settings.context_directory is None:
+        raise RequestError(  # these know of one another's by files alone
+            f"with api_workers = {settings.api_workers} contexts need a context_directory"
+        )
 
 
 router = APIRouter(dependencies=[Depends(_enabled)])
@@ -56,7 +61,7 @@ async def create(request: Request, service: TheService) -> Response:
         special = body.add_special_tokens is not False
         tokens = await service.tokenizer.encode(body.text or "", add_special_tokens=special)
     message = Read(
-        id=secrets.token_hex(12),
+        id=service.client.new_id(),
         tokens=pack_tokens(tokens),
         salt=body.cache_salt or "",
         boundaries=boundaries,
@@ -168,7 +173,7 @@ async def append(id: str, request: Request, service: TheService) -> Response:
         count = record.count - drop + len(tokens)
         tail = (before[: len(before) - drop] + tokens)[-TAIL:]
     message = Read(
-        id=secrets.token_hex(12), tokens=pack_tokens(tokens), base=base, drop=drop,
+        id=service.client.new_id(), tokens=pack_tokens(tokens), base=base, drop=drop,
         boundaries=boundaries, salt_digest=record.salt,
     )  # fmt: skip
     state, cached = await unless_disconnected(request, read(service, message, count))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +21,7 @@ async def open_context(service: Service, id: str, owner: str, *, salt: str | Non
     record = await asyncio.to_thread(service.contexts.get, id, owner)
     if salt is not None and salt_digest(salt) != record.salt:
         raise RequestError("cache_salt is not that of the context", param="cache_salt")
-    reply = await service.client.call(Fetch(secrets.token_hex(12), record.key))
+    reply = await service.client.call(Fetch(service.client.new_id(), record.key))
     if reply.trouble is not None:
         raise trouble_of(reply.trouble, record)
     return record

@@ -35,7 +35,7 @@ async def exported(service: Service, record: Record) -> Path:
     try:
         if directory is None:
             source = out.with_suffix(".state")
-            call = Export(secrets.token_hex(12), record.key, str(source))
+            call = Export(service.client.new_id(), record.key, str(source))
             reply = await service.client.call(call)
             if reply.trouble is not None:
                 raise trouble_of(reply.trouble, record)
@@ -62,7 +62,7 @@ async def imported(service: Service, path: Path, owner: str) -> Record:
         fields = await asyncio.to_thread(_fields, path, service.settings.max_body_bytes)
     except (ArchiveError, ValueError, zlib.error, msgspec.DecodeError) as error:
         raise RequestError(f"not a context of this model: {error}", param="file") from error
-    reply = await service.client.call(Import(secrets.token_hex(12), str(path)))
+    reply = await service.client.call(Import(service.client.new_id(), str(path)))
     if reply.trouble is not None:
         raise trouble_of(reply.trouble)
     assert reply.state is not None

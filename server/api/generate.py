@@ -1,7 +1,8 @@
 """From a validated request to a stream of text pieces.
 
-n and several prompts become as many generations in the engine. Lengths are checked and the queue
-is asked before anything is submitted, all in one go: start() does not wait.
+n and several prompts become as many generations in the engine. The queue is asked before anything
+is submitted. A long prompt is submitted when its first piece is known, and the engine reads it
+while the rest is still text; start() returns once all of it has been found to fit.
 """
 
 from __future__ import annotations
@@ -9,24 +10,30 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
+import time
 from array import array
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from model.chunk import Sampling
 from server.api.body import shown
 from server.api.choice import Choice, Options, Piece
+from server.api.client import EngineStream
 from server.api.logs import Record
 from server.api.metrics import Timeline
+from server.api.pieces import Pieces
 from server.api.schemas import ChatBody, CompletionBody
 from server.api.service import Service
 from server.errors import ContextLengthError, RequestError
 from server.protocol import Generate, pack_tokens
 
+Ends = Callable[["array[int]"], list[int]]
 
-@dataclass(slots=True, frozen=True)
+
+@dataclass(slots=True)
 class Prompt:
-    """Ids to continue, their text where it is known and will be echoed, and where messages end.
+    """Ids to continue, as far as they are known, their text where it is known and will be echoed,
+    and where messages end.
 
     With `base`, the key of a state, the ids follow its first `before` tokens; its last `drop` ones
     are replaced.
@@ -38,9 +45,43 @@ class Prompt:
     base: str = ""
     before: int = 0
     drop: int = 0
+    rest: Pieces | None = None  # what is not yet ids
+    ends: Ends | None = None  # finds where messages end in it
 
     def __len__(self) -> int:
         return self.before + len(self.tokens)
+
+    @property
+    def expected(self) -> int:
+        """How many ids it will have, about."""
+        return len(self) if self.rest is None else self.rest.expected
+
+    async def extend(self) -> tuple[array[int], list[int]]:
+        """The next piece of the rest, and where messages end in it, from the prompt's beginning."""
+        assert self.rest is not None
+        start = len(self)
+        piece = await anext(self.rest)
+        self.tokens.extend(piece)
+        if self.rest.done:
+            self.rest = None
+        return piece, [start + end for end in self.ends(piece)] if self.ends else []
+
+
+async def begun(
+    service: Service, pieces: Pieces, text: str | None = None, *, ends: Ends | None = None
+) -> Prompt:
+    """A prompt whose first piece is known. ContextLengthError when its bytes say beforehand that
+    it cannot fit."""
+    limit, most = service.capacity.max_model_len, service.tokenizer.most_bytes
+    if limit is not None and most is not None and pieces.bytes > limit * most:
+        raise ContextLengthError(
+            f"this model's maximum context length is {limit} tokens, and a prompt of "
+            f"{pieces.bytes} bytes has at least {-(-pieces.bytes // most)}; shorten the prompt",
+            param="prompt",
+        )
+    tokens = await anext(pieces)
+    rest = None if pieces.done else pieces
+    return Prompt(tokens, text, ends(tokens) if ends else (), rest=rest, ends=ends)
 
 
 class Generation:
@@ -84,14 +125,15 @@ class Generation:
             async for piece in self.choices[0].pieces():
                 yield piece
             return
-        queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        # Each choice has one piece on its way; what comes meanwhile will be its next one.
+        queue: asyncio.Queue[Piece | Exception] = asyncio.Queue(1)
 
         async def pump(choice: Choice) -> None:
             try:
                 async for piece in choice.pieces():
-                    queue.put_nowait(piece)
+                    await queue.put(piece)
             except Exception as error:
-                queue.put_nowait(error)
+                await queue.put(error)
 
         self._tasks = [asyncio.create_task(pump(choice)) for choice in self.choices]
         going = len(self.choices)
@@ -134,11 +176,19 @@ class Generation:
             record.started, record.first_token = first.started, first.first
 
 
-def start(
-    service: Service, prompts: Sequence[Prompt], options: Options, record: Record
+async def start(
+    service: Service,
+    prompts: Sequence[Prompt],
+    options: Options,
+    record: Record,
+    *,
+    thinking: Callable[[Prompt], bool] | None = None,
 ) -> Generation:
-    """Check, admit and submit. Raises RequestError, QueueFullError or EngineDeadError."""
-    settings, client = service.settings, service.client
+    """Check, admit and submit. Raises RequestError, QueueFullError or EngineDeadError.
+
+    `thinking` says of a complete prompt whether the reply begins inside a block of reasoning.
+    """
+    settings = service.settings
     count = options.n * len(prompts)
     if count > settings.max_n:
         raise RequestError(
@@ -146,39 +196,73 @@ def start(
             f"got {options.n} x {len(prompts)}",
             param="n",
         )
-    bounds = [_max_tokens(service, prompt, options) for prompt in prompts]
+    for prompt in prompts:
+        _check_length(service, prompt, options)
     _check_ids(service, options)
-    tokens = options.n * sum(map(len, prompts))
-    service.queue.admit(client, requests=count, tokens=tokens)
-    service.check()  # from here on nothing waits, so submit() finds the engine alive
-
+    tokens = options.n * sum(prompt.expected for prompt in prompts)
+    client = service.client
+    with client.admitting():
+        service.queue.admit(client, requests=count, tokens=tokens)
+        service.check()  # nothing waits from here to submit(), which so finds the engine alive
+        submitted = time.monotonic()
+        streams = _submit(service, prompts, options)
+    try:
+        for number, prompt in enumerate(prompts):
+            copies = streams[number * options.n : (number + 1) * options.n]
+            await _feed(service, prompt, copies, options)
+        service.check()
+    except BaseException:
+        for stream in streams:
+            stream.close()
+        raise
+    finally:
+        for prompt in prompts:
+            if prompt.rest is not None:
+                prompt.rest.close()
     generation = Generation(prompts, options.n, record)
+    for index, stream in enumerate(streams):
+        prompt = prompts[index // options.n]
+        timeline = Timeline(record.arrived, len(prompt), submitted)
+        told = options if thinking is None else replace(options, thinking=thinking(prompt))
+        generation.choices.append(Choice(index, stream, told, service, prompt.tokens, timeline))
+    return generation
+
+
+def _submit(service: Service, prompts: Sequence[Prompt], options: Options) -> list[EngineStream]:
     eos_ids = () if options.ignore_eos else service.eos_ids
-    stop_ids = sorted({*options.stop_token_ids, *eos_ids})
-    base = secrets.token_hex(12)
-    for prompt, bound in zip(prompts, bounds, strict=True):
+    base = service.client.new_id()
+    streams: list[EngineStream] = []
+    for prompt in prompts:
         packed = pack_tokens(prompt.tokens)
         for copy in range(options.n):
-            index = len(generation.choices)
-            stream = client.submit(
-                Generate(
-                    id=f"{base}-{index}",
-                    tokens=packed,
-                    sampling=replace(options.sampling, seed=seed_of(options.seed, copy)),
-                    max_tokens=bound,
-                    min_tokens=options.min_tokens,
-                    stop_token_ids=stop_ids,
-                    salt=options.salt,
-                    boundaries=list(prompt.boundaries),
-                    base=prompt.base,
-                    drop=prompt.drop,
-                )
+            generate = Generate(
+                id=f"{base}-{len(streams)}",
+                tokens=packed,
+                sampling=replace(options.sampling, seed=seed_of(options.seed, copy)),
+                max_tokens=options.max_tokens or service.settings.default_max_tokens,
+                min_tokens=options.min_tokens,
+                stop_token_ids=sorted({*options.stop_token_ids, *eos_ids}),
+                more=prompt.rest is not None,
+                expected=prompt.expected,
+                salt=options.salt,
+                boundaries=list(prompt.boundaries),
+                base=prompt.base,
+                drop=prompt.drop,
             )
-            timeline = Timeline(record.arrived, len(prompt))
-            generation.choices.append(
-                Choice(index, stream, options, service, prompt.tokens, timeline)
-            )
-    return generation
+            streams.append(service.client.submit(generate))
+    return streams
+
+
+async def _feed(
+    service: Service, prompt: Prompt, streams: Sequence[EngineStream], options: Options
+) -> None:
+    """Send the rest of a prompt as it becomes ids; stop where it turns out to be too long."""
+    while prompt.rest is not None and not all(stream.ended for stream in streams):
+        piece, ends = await prompt.extend()
+        _check_length(service, prompt, options)
+        packed = pack_tokens(piece)
+        for stream in streams:
+            stream.extend(packed, more=prompt.rest is not None, boundaries=ends)
 
 
 def seed_of(seed: int | None, copy: int) -> int:
@@ -248,15 +332,16 @@ def _check_ids(service: Service, options: Options) -> None:
     check_tokens(service, list(options.sampling.logit_bias), "logit_bias")
 
 
-def _max_tokens(service: Service, prompt: Prompt, options: Options) -> int:
-    """How many tokens may be generated, once prompt and wish have been found to fit."""
+def _check_length(service: Service, prompt: Prompt, options: Options) -> None:
+    """Raise RequestError unless prompt and wish fit, as far as the prompt is known."""
     capacity = service.capacity
     size, limit = len(prompt), capacity.max_model_len
     if not len(prompt.tokens):
         raise RequestError("the prompt must have at least 1 token, got 0", param="prompt")
-    wish = options.max_tokens
-    if limit is not None and size + (wish or 1) > limit:
-        asked = f"{size + (wish or 1)} tokens ({size} in the prompt, {wish or 1} in the completion)"
+    wish = options.max_tokens or 1
+    if limit is not None and size + wish > limit:
+        least = "at least " if prompt.rest is not None else ""
+        asked = f"{least}{size + wish} tokens ({size} in the prompt, {wish} in the completion)"
         why = ""
         if capacity.blocks and limit == capacity.blocks * capacity.block_size:
             why = (
@@ -268,7 +353,7 @@ def _max_tokens(service: Service, prompt: Prompt, options: Options) -> int:
             "requested; shorten the prompt or max_tokens",
             param="max_tokens" if size < limit else "prompt",
         )
-    bound = wish or service.settings.default_max_tokens
+    bound = options.max_tokens or service.settings.default_max_tokens
     if limit is not None:
         bound = min(bound, limit - size)
     if options.min_tokens > bound:
@@ -277,4 +362,3 @@ def _max_tokens(service: Service, prompt: Prompt, options: Options) -> int:
             f"got {options.min_tokens}",
             param="min_tokens",
         )
-    return bound

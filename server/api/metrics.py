@@ -1,24 +1,32 @@
-"""Prometheus metrics, computed here from the engine's messages and the lives of requests."""
+"""Prometheus metrics, computed here from the engine's messages and the lives of requests.
+
+Of several API processes each keeps its counts in files of its own, which whichever is scraped adds
+up (prometheus_client's multiprocess mode, on where PROMETHEUS_MULTIPROC_DIR is set).
+"""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
-    Gauge,
     Histogram,
+    Metric,
     ProcessCollector,
     generate_latest,
 )
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 
 from server.api.cache import CacheMetrics
 from server.api.client import EngineClient
-from server.protocol import Output, Step
+from server.protocol import Output, Stats, Step
 
 PREFIX = "steadystate_"
 STATES = ("starting", "ready", "draining", "dead")
@@ -64,11 +72,11 @@ class Metrics:
 
     def __init__(self, model: str) -> None:
         self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)  # of the API process; process_start_time_seconds
+        self._together = "PROMETHEUS_MULTIPROC_DIR" in os.environ
         self._model = model
         self._preempted = 0
 
-        counter, gauge, histogram = self._counter, self._gauge, self._histogram
+        counter, histogram = self._counter, self._histogram
         self._prompt = counter("prompt_tokens", "prompt tokens read")
         self._generation = counter("generation_tokens", "tokens generated")
         self._preemptions = counter("num_preemptions", "requests moved out of their slot")
@@ -81,23 +89,8 @@ class Metrics:
         for reason in FINISH_REASONS:
             self._success.labels(model, reason)
 
-        self._running = gauge("num_requests_running", "generations that hold a slot")
-        self._waiting = gauge("num_requests_waiting", "generations that wait for a slot")
-        self._slots_total = gauge("state_slots_total", "state slots")
-        self._slots_used = gauge("state_slots_used", "state slots in use")
-        self._state_bytes = gauge("state_bytes_per_sequence", "size of a state slot")
-        self._kv_usage = gauge("kv_cache_usage_perc", "share of the KV blocks in use, 0 to 1")
+        self._gauges = Gauges(model)
         self._cache = CacheMetrics(self.registry, model)
-        self._device_memory = gauge("device_memory_bytes", "device memory held by the engine")
-        self._device_free = gauge("device_memory_free_bytes", "device memory that nobody holds")
-        self._device_total = gauge("device_memory_total_bytes", "device memory there is")
-        self._state = Gauge(
-            PREFIX + "server_state",
-            "1 for the state that the server is in",
-            ["model_name", "state"],
-            registry=self.registry,
-        )
-
         self._ttft = histogram(
             "time_to_first_token_seconds", "arrival to first token", FIRST_TOKEN_SECONDS
         )
@@ -119,35 +112,26 @@ class Metrics:
         self._iteration = histogram(
             "iteration_tokens_total", "tokens computed in an engine step", STEP_TOKENS
         )
+        self._shown = self.registry
+        if self._together:
+            self._shown = CollectorRegistry()
+            self._shown.register(_Together(self.registry))
+        self._shown.register(self._gauges)
+        # of the API process; where there are several, of the one that looks after them
+        ProcessCollector(pid=os.getppid if self._together else os.getpid, registry=self._shown)
 
     def watch(self, condition: Callable[[], str]) -> None:
         """Ask for the server's state, one of STATES, when scraped."""
-
-        def is_in(state: str) -> float:
-            return float(condition() == state)
-
-        for state in STATES:
-            self._state.labels(self._model, state).set_function(partial(is_in, state))
+        self._gauges.condition = condition
 
     def attach(self, client: EngineClient) -> None:
-        """Read gauges off a ready engine when scraped, and count what its steps do."""
-        capacity = client.capacity
-        self._slots_total.set(capacity.slots)
-        self._state_bytes.set(capacity.state_bytes)
-        read: list[tuple[Gauge, Callable[[], float]]] = [
-            (self._running, lambda: client.running),
-            (self._waiting, lambda: client.waiting_requests),
-            (self._slots_used, lambda: client.stats.slots_used),
-            (self._kv_usage, lambda: client.stats.blocks_used / (client.stats.blocks_total or 1)),
-            (self._device_memory, lambda: client.stats.device_memory),
-            (self._device_free, lambda: client.stats.device_free),
-            (self._device_total, lambda: client.stats.device_total),
-        ]
-        for metric, value in read:
-            metric.set_function(value)
-        if client.stats.cache is not None:
-            self._cache.update(client.stats.cache)
-        client.observers.append(self.step)
+        """Read gauges off a ready engine when scraped, and count what its steps do; of several API
+        processes the first one counts these, because it hears of all."""
+        self._gauges.client = client
+        if client.worker == 0:
+            if client.stats.cache is not None:
+                self._cache.update(client.stats.cache)
+            client.observers.append(self.step)
 
     def step(self, step: Step) -> None:
         """Count an engine step."""
@@ -197,15 +181,10 @@ class Metrics:
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""
-        return generate_latest(self.registry)
+        return generate_latest(self._shown)
 
     def _counter(self, name: str, help: str) -> Counter:
         return Counter(PREFIX + name, help, ["model_name"], registry=self.registry).labels(
-            self._model
-        )
-
-    def _gauge(self, name: str, help: str) -> Gauge:
-        return Gauge(PREFIX + name, help, ["model_name"], registry=self.registry).labels(
             self._model
         )
 
@@ -213,3 +192,63 @@ class Metrics:
         return Histogram(
             PREFIX + name, help, ["model_name"], buckets=buckets, registry=self.registry
         ).labels(self._model)
+
+
+class Gauges(Collector):
+    """What the engine and the API processes have at the moment of the scrape; 0 before that."""
+
+    def __init__(self, model: str) -> None:
+        self.client: EngineClient | None = None
+        self.condition: Callable[[], str] = lambda: STATES[0]
+        self._model = model
+
+    def collect(self) -> Iterator[Metric]:
+        client = self.client
+        stats = Stats(running=0, waiting=0, slots_used=0, slots_total=0)
+        stats = stats if client is None else client.stats
+        capacity = None if client is None else client.capacity
+        values: dict[str, tuple[str, float]] = {
+            "num_requests_running": (
+                "generations that hold a slot", client.running if client else 0
+            ),
+            "num_requests_waiting": (
+                "generations that wait for a slot", client.waiting_requests if client else 0
+            ),
+            "state_slots_total": ("state slots", capacity.slots if capacity else 0),
+            "state_slots_used": ("state slots in use", stats.slots_used),
+            "state_bytes_per_sequence": (
+                "size of a state slot", capacity.state_bytes if capacity else 0
+            ),
+            "kv_cache_usage_perc": (
+                "share of the KV blocks in use, 0 to 1",
+                stats.blocks_used / (stats.blocks_total or 1),
+            ),
+            "device_memory_bytes": ("device memory held by the engine", stats.device_memory),
+            "device_memory_free_bytes": ("device memory that nobody holds", stats.device_free),
+            "device_memory_total_bytes": ("device memory there is", stats.device_total),
+        }  # fmt: skip
+        for name, (help, value) in values.items():
+            family = GaugeMetricFamily(PREFIX + name, help, labels=["model_name"])
+            family.add_metric([self._model], value)
+            yield family
+        family = GaugeMetricFamily(
+            PREFIX + "server_state",
+            "1 for the state that the server is in",
+            labels=["model_name", "state"],
+        )
+        for state in STATES:
+            family.add_metric([self._model, state], float(self.condition() == state))
+        yield family
+
+
+class _Together(Collector):
+    """The counts of all API processes, with the help texts of this one's metrics."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._texts = {metric.name: metric.documentation for metric in registry.collect()}
+
+    def collect(self) -> Iterator[Metric]:
+        files: Any = MultiProcessCollector
+        for metric in files(CollectorRegistry()).collect():
+            metric.documentation = self._texts.get(metric.name, metric.documentation)
+            yield metric

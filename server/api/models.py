@@ -40,7 +40,7 @@ async def tokenize(request: Request, service: TheService) -> Response:
 
 async def _tokenize(service: Service, body: TokenizeBody) -> dict[str, Any]:
     if body.messages is not None:
-        tokens = (await encode_messages(service, body, body.messages)).tokens
+        tokens = await (await encode_messages(service, body, body.messages)).all()
     else:
         tokens = await service.tokenizer.encode(
             body.prompt or "", add_special_tokens=body.add_special_tokens is not False

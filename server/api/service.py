@@ -44,7 +44,13 @@ class Service:
     requests under way, for whoever waits for them to end.
     """
 
-    def __init__(self, settings: Settings, start_engine: StartEngine = EngineClient.start) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        start_engine: StartEngine = EngineClient.start,
+        *,
+        fetch: Callable[[Settings], Awaitable[Path]] = fetch,
+    ) -> None:
         self.settings = settings
         self.model_id = settings.model_id
         self.state: State = "starting"
@@ -65,6 +71,7 @@ class Service:
         self.scratch: Path  # for files that come and go
         self.tells_reasoning = False
         self._start_engine = start_engine
+        self._fetch = fetch
         self._life: asyncio.Task[None] | None = None
         self._closers: list[Callable[[], Awaitable[None] | None]] = []
 
@@ -130,7 +137,7 @@ class Service:
         try:
             settings = self.settings
             if settings.hub_id is not None:
-                fetched = {"model": str(await fetch(settings)), "revision": None}
+                fetched = {"model": str(await self._fetch(settings)), "revision": None}
                 settings = settings.model_copy(update=fetched)
             path = settings.model_path
             if not path.is_dir():

@@ -1,16 +1,19 @@
 """Text to ids and ids to text, by the checkpoint's own tokenizer and chat template.
 
-Encoding runs in threads, off the event loop. Control tokens inside a chat's contents are text.
+Encoding runs in threads, off the event loop, and what is long in pieces, several at a time. Control
+tokens inside a chat's contents are text.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +27,8 @@ from server.api.detokenizer import (
     Detokenizer,
     PrefixDetokenizer,
 )
+from server.api.encoder import FIRST, MOST, Encoder, encode
+from server.api.pieces import Pieces, Work
 from server.api.reasoning import CLOSE, OPEN
 from server.api.template import ChatTemplate, Marked
 from server.sentencepiece import load_tokenizer
@@ -31,7 +36,8 @@ from server.sentencepiece import load_tokenizer
 T = TypeVar("T")
 
 CONTEXT = 6  # prompt tokens that a detokenizer without bytes looks back on
-THREADS = 4
+THREADS = 4  # for what is short: first pieces, bodies, texts of ids
+AHEAD = max(2, min(8, os.cpu_count() or 1))  # pieces of long prompts encoded at a time
 
 
 @dataclass(slots=True, frozen=True)
@@ -65,20 +71,27 @@ class Tokenizer:
         self._bytes = ByteVocabulary(self._backend) if _is_byte_level(spec["decoder"]) else None
         self.template = ChatTemplate(tokenizer, added)
         self.thinks = len(tags) == 2 or any(map(self.template.mentions, (OPEN, CLOSE)))
-        self._plain = _without(spec, self.template.controls)
+        plain = _without(spec, self.template.controls)
+        self._plain = Backend.from_str(json.dumps(plain))
+        self._plain.encode_special_tokens = True
+        self._raw_text = Encoder(self._backend, spec)
+        self._plain_text = Encoder(self._plain, plain, plain=True)
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenize")
+        self.most_bytes = self._raw_text.cuts.most_bytes()  # that one token stands for, if known
+        self._long = ThreadPoolExecutor(AHEAD, thread_name_prefix="tokenize-long")
         self.size: int = self._backend.get_vocab_size(with_added_tokens=True)
         self.eos_ids = _eos_ids(path, tokenizer.eos_token_id)
 
     def close(self) -> None:
         """Wait for no one: what is still being encoded has no reader any more."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._long):
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> array[int]:
-        """Ids of a raw prompt, in which the text of a control token is that token."""
-        return await self.run(lambda: self._encode(self._backend, text, add_special_tokens))
+    def pieces(self, text: str, *, add_special_tokens: bool) -> Pieces:
+        """A raw prompt, in which the text of a control token is that token."""
+        return self._pieces(self._raw_works(text, add_special_tokens), [text])
 
-    async def encode_chat(
+    async def chat_pieces(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
@@ -87,10 +100,10 @@ class Tokenizer:
         add_special_tokens: bool = False,
         tools: Sequence[Mapping[str, Any]] = (),
         kwargs: Mapping[str, Any] | None = None,
-    ) -> array[int]:
-        """Ids of a conversation. Raises RequestError when the template refuses it."""
+    ) -> Pieces:
+        """A conversation. Raises RequestError when the template refuses it."""
 
-        def work() -> array[int]:
+        def render() -> tuple[Marked, list[tuple[str, int | None]]]:
             rendered = self.template.render(
                 messages,
                 add_generation_prompt=add_generation_prompt,
@@ -98,11 +111,23 @@ class Tokenizer:
                 tools=tools,
                 kwargs=kwargs or {},
             )
-            if not rendered.marked:
-                return self._encode(self._backend, rendered.text, add_special_tokens)
-            return self._encode_marked(rendered, add_special_tokens)
+            return rendered, list(rendered.parts()) if rendered.marked else []
 
-        return await self.run(work)
+        rendered, parts = await self.run(render)
+        if not rendered.marked:
+            return self.pieces(rendered.text, add_special_tokens=add_special_tokens)
+        texts = [text for text, _ in parts]
+        return self._pieces(self._marked_works(parts, add_special_tokens), texts)
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> array[int]:
+        """Ids of a raw prompt, all of them."""
+        return await self.pieces(text, add_special_tokens=add_special_tokens).all()
+
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], **options: Any
+    ) -> array[int]:
+        """Ids of a conversation, all of them; options are those of chat_pieces()."""
+        return await (await self.chat_pieces(messages, **options)).all()
 
     def boundaries(self, tokens: array[int]) -> list[int]:
         """Where the messages of an encoded conversation end: positions after a closing token."""
@@ -123,15 +148,15 @@ class Tokenizer:
             for start in range(min(8, len(tail))):
                 before = tail[start:]
                 begin = self.decode(before)
-                if self._encode(self._backend, begin, False) != before:
+                if encode(self._backend, begin) != before:
                     continue
-                whole = self._encode(self._backend, begin + text, False)
+                whole = encode(self._backend, begin + text)
                 same = next(
                     (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b),
                     min(len(before), len(whole)),
                 )
                 return len(before) - same, whole[same:]
-            return 0, self._encode(self._backend, text, False)
+            return 0, encode(self._backend, text)
 
         return await self.run(work)
 
@@ -166,40 +191,64 @@ class Tokenizer:
         """The result of work done in one of the threads."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
-    @staticmethod
-    def _encode(backend: Backend, text: str, add_special_tokens: bool) -> array[int]:
-        (encoding,) = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return array("i", encoding.ids)
+    def _pieces(self, works: Iterator[Work], texts: Sequence[str]) -> Pieces:
+        return Pieces(works, texts, first=self._pool, later=self._long, ahead=AHEAD)
 
-    def _encode_marked(self, rendered: Marked, add_special_tokens: bool) -> array[int]:
-        """The template's control tokens by id, and all text between them as plain text."""
-        ids = array("i")
-        for text, control in rendered.parts():
-            if text:
-                ids.extend(self._encode_inner(text))
+    def _raw_works(self, text: str, add_special_tokens: bool) -> Iterator[Work]:
+        encoder = self._raw_text
+        if not encoder.cuts.possible:
+            whole = partial(encode, self._backend, text, add_special_tokens=add_special_tokens)
+            yield len(text), whole
+            return
+        nothing = array("i")
+        read = 0
+        for piece in encoder.pieces(text):
+            work = encoder.later if read else encoder.first
+            read += len(piece)
+            before = encoder.prefix if add_special_tokens and read == len(piece) else nothing
+            after = encoder.suffix if add_special_tokens and read == len(text) else nothing
+            yield len(piece), partial(_between, before, partial(work, piece), after)
+
+    def _marked_works(
+        self, parts: Sequence[tuple[str, int | None]], add_special_tokens: bool
+    ) -> Iterator[Work]:
+        """The template's control tokens by id, and all text between them as plain text.
+
+        A beginning-of-sequence token comes first, where the tokenizer has one. Short parts are
+        encoded together.
+        """
+        affix = encode(self._backend, "", add_special_tokens=True) if add_special_tokens else ()
+        batch: list[Callable[[], array[int]]] = [partial(array, "i", affix)]
+        characters, enough = 0, FIRST
+        for text, control in parts:
+            for number, piece in enumerate(self._plain_text.pieces(text) if text else ()):
+                batch.append(partial(self._encode_inner, piece, number == 0))
+                characters += len(piece)
+                if characters >= enough:
+                    yield characters, partial(_in_a_row, batch)
+                    batch, characters, enough = [], 0, min(2 * enough, MOST)
             if control is not None:
-                ids.append(control)
-        if add_special_tokens:
-            affix = self._encode(self._backend, "", add_special_tokens=True)
-            ids = affix + ids  # a beginning-of-sequence token, where the tokenizer has one
-        return ids
+                batch.append(partial(array, "i", [control]))
+        if batch:
+            yield characters, partial(_in_a_row, batch)
 
-    def _encode_inner(self, text: str) -> array[int]:
-        """Plain text from the middle of a prompt: no space is put before it."""
-        ids: array[int] | None = None
-        if self._bytes is None:
-            newline = self._encode(self._plain, "\n", add_special_tokens=False)
-            after = self._encode(self._plain, "\n" + text, add_special_tokens=False)
+    def _encode_inner(self, text: str, first: bool) -> array[int]:
+        """Plain text from the middle of a prompt: no space is put before it. If not `first`, it is
+        a later piece of such text."""
+        ids = None if first else self._plain_text.later(text)
+        if ids is None and self._bytes is None:
+            newline = encode(self._plain, "\n")
+            after = encode(self._plain, "\n" + text)
             if after[: len(newline)] == newline:
                 ids = after[len(newline) :]
         if ids is None:
-            ids = self._encode(self._plain, text, add_special_tokens=False)
+            ids = self._plain_text.first(text)
         controls = self.template.control_ids
         if controls.isdisjoint(ids):
             return ids
         out = array("i")  # the vocabulary itself spells a control token: take it letter by letter
         for char in text:
-            out.extend(self._encode(self._plain, char, add_special_tokens=False))
+            out.extend(encode(self._plain, char))
         return array("i", [id for id in out if id not in controls])
 
 
@@ -222,15 +271,24 @@ def _is_byte_level(decoder: Mapping[str, Any] | None) -> bool:
     return bool(decoder["type"] == "ByteLevel")
 
 
-def _without(spec: dict[str, Any], controls: Mapping[str, int]) -> Backend:
-    """A copy of the tokenizer that reads the text of control tokens as text."""
+def _between(before: array[int], work: Callable[[], array[int]], after: array[int]) -> array[int]:
+    return before + work() + after
+
+
+def _in_a_row(works: Sequence[Callable[[], array[int]]]) -> array[int]:
+    ids = array("i")
+    for work in works:
+        ids.extend(work())
+    return ids
+
+
+def _without(spec: dict[str, Any], controls: Mapping[str, int]) -> dict[str, Any]:
+    """tokenizer.json of a tokenizer whose special tokens are all that may not be text."""
     tokens = [
         {**token, "special": token["special"] or token["content"] in controls}
         for token in spec["added_tokens"]
     ]
-    plain = Backend.from_str(json.dumps({**spec, "added_tokens": tokens}))
-    plain.encode_special_tokens = True
-    return plain
+    return {**spec, "added_tokens": tokens}
 
 
 def _eos_ids(path: Path, of_tokenizer: int | None) -> tuple[int, ...]:

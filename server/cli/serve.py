@@ -1,31 +1,24 @@
-"""`steadystate serve`: the HTTP server in this process, the engine in a child of it.
+"""`steadystate serve`: the HTTP server in this process, the engine in a child of it. With several
+API processes these are children too, and this process looks after them.
 
 Exit codes: 0 after SIGTERM or SIGINT, once running requests have ended or were ended; 1 when the
-engine could not start or died; 2 for settings that make no sense.
+engine could not start or died, or one of several API processes did; 2 for settings that make no
+sense.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import signal
 import socket
 import sys
-import time
 from functools import partial
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import uvicorn
-
-from server import __version__
 from server.cli.flags import FLAG_PREFIX, add_flags, settings_of
 from server.settings import Settings
 
-if TYPE_CHECKING:
-    from server.api.service import Service
-
-LAST_WORDS_SECONDS = 2.0  # for errors to reach their clients before the process ends
+BACKLOG = 2048
 
 
 def add_parser(commands: Any) -> None:
@@ -61,95 +54,44 @@ def _command(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
 def run(settings: Settings, command: list[str] | None = None) -> int:
     """Serve until told to stop, and return the exit code. `command` replaces the engine's."""
     # Imported here so that --help does not wait for the tokenizer libraries.
-    from server.api.app import create_app
-    from server.api.client import EngineClient
-    from server.api.service import Service
+    from server.cli.supervisor import supervise
     from server.logs import configure, log
 
     configure(settings.log_level)
     try:
-        listener = _listen(settings.host, settings.port)
+        listeners = _listeners(settings.host, settings.port, settings.api_workers)
     except OSError as error:
         print(f"cannot listen on {settings.host}:{settings.port}: {error}", file=sys.stderr)
         return 1
-    port = listener.getsockname()[1]
+    port = listeners[0].getsockname()[1]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{port}"
     log.info("listening", extra={"fields": {"url": url, "port": port}})
+    if settings.api_workers > 1:
+        return asyncio.run(supervise(settings, listeners, url, command))
+
+    from server.api.client import EngineClient
+    from server.api.draining import DrainingServer
+    from server.api.service import Service
 
     service = Service(settings, partial(EngineClient.start, command=command))
-    config = uvicorn.Config(
-        create_app(service),
-        log_config=None,
-        access_log=False,
-        lifespan="on",
-        timeout_graceful_shutdown=round(LAST_WORDS_SECONDS),
-    )
-    server = DrainingServer(config, service, url)
-    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(server.serve(sockets=[listener]))
-    return 1 if service.failure else 0
+    return DrainingServer(service, url).run_on(listeners[0])
 
 
-class DrainingServer(uvicorn.Server):
-    """Ends by itself when the service has failed, or when it was told to and nothing runs any more.
-
-    A first SIGTERM or SIGINT drains: the port stays open, new requests are refused and running
-    ones may take drain_seconds. After that, or at a second signal, those that still run end with
-    an error, for which there are LAST_WORDS_SECONDS.
-    """
-
-    def __init__(self, config: uvicorn.Config, service: Service, url: str) -> None:
-        super().__init__(config)
-        self._service = service
-        self._url = url
-        self._announced = False
-        self._begun = time.monotonic()
-        self._signals = 0
-        self._deadline: float | None = None  # of draining
-        self._end: float | None = None  # of last words
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Count a signal; on_tick acts on it."""
-        self._signals += 1
-        if self._signals > 1 and sig == signal.SIGINT:
-            self.force_exit = True
-
-    async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: whether to end now."""
-        await super().on_tick(counter)
-        service, now = self._service, time.monotonic()
-        if service.state == "ready" and not self._announced:
-            self._announced = True
-            self._announce()
-        if self._signals and self._deadline is None:
-            service.drain()
-            self._deadline = now + service.settings.drain_seconds
-        overdue = self._deadline is not None and (now >= self._deadline or self._signals > 1)
-        if self._end is None and (overdue or service.failure is not None):
-            service.abandon()
-            self._end = now + LAST_WORDS_SECONDS
-        ending = self._deadline is not None or self._end is not None
-        if (ending and service.active == 0) or (self._end is not None and now >= self._end):
-            self.should_exit = True
-        return self.should_exit
-
-    def _announce(self) -> None:
-        service = self._service
-        capacity, settings = service.capacity, service.settings
-        print(
-            f"steadystate {__version__} serves {service.model_id} at {self._url} on "
-            f"{capacity.device}: {capacity.slots} slots of {capacity.state_bytes / 1e6:.3g} MB, "
-            f"max_model_len {capacity.max_model_len or 'unbounded'}, "
-            f"ready after {time.monotonic() - self._begun:.1f} s"
-            + ("" if settings.keys or settings.host in ("127.0.0.1", "localhost", "::1")
-               else "; open to all: there is no API key"),
-            flush=True,
-        )  # fmt: skip
-
-
-def _listen(host: str, port: int) -> socket.socket:
+def _listeners(host: str, port: int, count: int) -> list[socket.socket]:
+    """A socket for each API process, among which the system spreads connections (Linux), or one
+    that all share."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.create_server((host, port), family=family, backlog=2048)
-    listener.setblocking(False)
-    return listener
+    # The first attempt fails if anybody listens there, which sockets that may share do not.
+    listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    listeners = [listener] * count
+    if count > 1 and sys.platform == "linux":
+        port = listener.getsockname()[1]
+        listener.close()
+        listeners = [
+            socket.create_server((host, port), family=family, backlog=BACKLOG, reuse_port=True)
+            for _ in range(count)
+        ]
+    for listener in listeners:
+        listener.setblocking(False)
+    return listeners

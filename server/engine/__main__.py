@@ -11,8 +11,8 @@ from server.engine.process import run_engine
 from server.settings import Settings
 
 
-def load(settings: Settings) -> LoadedRunner:
-    """The model that the settings name, ready to run."""
+def load(settings: Settings, *, seed: int | None = None) -> LoadedRunner:
+    """The model that the settings name, ready to run; with a seed its weights are drawn."""
     from model.runner import load_runner
 
     return load_runner(
@@ -29,6 +29,7 @@ def load(settings: Settings) -> LoadedRunner:
         state_dtype=settings.state_dtype,
         ring=settings.ring,
         decay_layer_factor=settings.decay_layer_factor,
+        seed=seed,
     )
 
 

@@ -39,9 +39,12 @@ class Admission:
         return False
 
     def defer(self, request: Request, found: Checkpoint | None, readers: Iterable[Request]) -> bool:
-        """Let a request wait when what it begins with lies on the disk, or is being read."""
+        """Let a request wait when what it begins with lies on the disk, or is being read, or when
+        more of its prompt may tell of more to begin with."""
         if self.checkpoints is None:
             return False
+        if request.more and self.checkpoints.may_lead_on(request, readers):
+            return True
         if self.checkpoints.fetch(request, found):
             return True
         request.waits = self.checkpoints.twin(request, found, readers)

@@ -15,7 +15,7 @@ from server.engine.archive import State
 from server.engine.chain import Block, Chain, Tree, root_of, shared
 from server.engine.disk import Disk
 from server.engine.jobs import Jobs
-from server.engine.positions import LEAST, plan, spacing
+from server.engine.positions import LEAST, grid, plan, spacing
 from server.engine.request import Request
 from server.engine.shelf import Shelf
 from server.engine.slots import Holdings
@@ -156,6 +156,30 @@ class Checkpoints:
                 reader.wanted = sorted([*reader.wanted, at])
         return choice
 
+    def may_lead_on(self, request: Request, readers: Iterable[Request]) -> bool:
+        """Whether a request of whose prompt more is to come may then begin farther on: all of it
+        that is known leads to what was read, or is being read."""
+        chain, known = _chain(request), len(request.tokens)
+        if self._tree.parting(chain, request.path) >= known:
+            return True
+        if any(reader.chain and shared(chain, reader.chain) >= known for reader in readers):
+            return True
+        entries = () if self.disk is None else self.disk.shelf.entries.values()
+        return any(entry.position > known for entry in entries)
+
+    def extend(self, request: Request, added: int) -> None:
+        """So many more tokens of a prompt that has been admitted."""
+        self.queried_tokens += added
+        if request.more:
+            return
+        chain = _chain(request)
+        marks = plan(
+            request.prompt_length, start=request.computed, boundaries=request.boundaries,
+            every=self.every,
+        )  # fmt: skip
+        new = (at for at in marks if chain.key(at) not in self._by_key)
+        request.wanted = sorted({*request.wanted, *new})
+
     def admit(self, request: Request, found: Checkpoint | None) -> None:
         """Begin with a checkpoint, or with nothing, and decide what to keep on the way."""
         chain = _chain(request)
@@ -168,13 +192,18 @@ class Checkpoints:
             self.sweep()
             request.cached = request.computed
         start = request.computed
-        wanted = plan(
-            length, start=start, boundaries=request.boundaries, every=self.every,
-            whole=request.reading,
-        )  # fmt: skip
+        if request.more:  # where it ends is not known yet
+            wanted = grid(start, max(request.expected, length), self.every)
+        else:
+            wanted = plan(
+                length, start=start, boundaries=request.boundaries, every=self.every,
+                whole=request.reading,
+            )  # fmt: skip
         if parting - start >= LEAST and all(abs(parting - at) >= LEAST for at in wanted):
             wanted.append(parting)
-        request.wanted = sorted(at for at in wanted if chain.key(at) not in self._by_key)
+        request.wanted = sorted(
+            at for at in wanted if at > length or chain.key(at) not in self._by_key
+        )
 
     def take(self, request: Request) -> None:
         """Keep the state of a running request if it has come to a position that is wanted."""

@@ -21,6 +21,7 @@ from server.engine.work import Work
 from server.protocol import (
     Abort,
     Export,
+    Extend,
     Fetch,
     FromEngine,
     Import,
@@ -166,6 +167,8 @@ class Loop:
             return self._refuse(_id_of(data), error)
         if isinstance(message, Abort):
             return self.scheduler.abort(message.ids)
+        if isinstance(message, Extend):
+            return self.scheduler.extend(message)
         if isinstance(message, Pin | Fetch | Export | Import):
             if self.scheduler.states is not None:
                 self.scheduler.states.call(message)

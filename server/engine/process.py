@@ -28,7 +28,7 @@ def run_engine(directory: Path, load: Callable[[Settings], LoadedRunner]) -> int
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     settings = Settings.model_validate_json(sys.stdin.buffer.read())
     configure(settings.log_level)
-    line = Line(directory)
+    line = Line(directory, settings.api_workers)
     try:
         loop = Loop(
             load(settings),

@@ -10,7 +10,7 @@ import numpy
 
 from model.chunk import Sampling
 from server.engine.chain import BLOCK, Block, Chain, salt_digest
-from server.protocol import Generate, Read, unpack_tokens
+from server.protocol import Extend, Generate, Read, unpack_tokens
 
 if TYPE_CHECKING:
     from server.engine.tiers import Checkpoint
@@ -23,7 +23,8 @@ class Request:
     """Two integers, no phases: `computed` chases len(tokens).
 
     When it has caught up a token is drawn and appended, until a stop id or `length_limit` tokens.
-    A request that is only `reading` ends there, with no token drawn.
+    A request that is only `reading` ends there, with no token drawn. While `more` of its prompt is
+    to come, the last token that is known waits to be computed.
     """
 
     id: str
@@ -36,6 +37,9 @@ class Request:
     salt: str = ""  # its digest
     boundaries: tuple[int, ...] = ()  # positions where messages end
     reading: bool = False
+    max_tokens: int = 0
+    more: bool = False
+    expected: int = 0  # tokens of its prompt, about
 
     computed: int = 0
     slot: int | None = None
@@ -64,8 +68,8 @@ class Request:
 
     @property
     def remaining(self) -> int:
-        """Tokens known and not yet computed."""
-        return len(self.tokens) - self.computed
+        """Tokens that can be computed."""
+        return len(self.tokens) - self.computed - self.more
 
     @property
     def generated(self) -> int:
@@ -145,11 +149,36 @@ def _limit(request: Request, message: Generate, *, max_length: int | None, vocab
     ):
         if named:
             _check_ids(name, min(named), max(named), vocab_size)
-    limit = request.prompt_length + message.max_tokens
-    request.length_limit = limit if max_length is None else min(limit, max_length)
     request.sampling = message.sampling
     request.min_tokens = message.min_tokens
     request.stop_ids = tuple(message.stop_token_ids)
+    request.max_tokens = message.max_tokens
+    request.more = message.more
+    request.expected = message.expected
+    limit = max(request.prompt_length, message.expected) + message.max_tokens
+    request.length_limit = limit if max_length is None else min(limit, max_length)
+
+
+def extend(request: Request, message: Extend, *, max_length: int | None, vocab_size: int) -> None:
+    """More of a request's prompt; ValueError names what is impossible in it."""
+    if not request.more:
+        raise ValueError("tokens: the prompt is complete")
+    if len(message.tokens) % 4:
+        raise ValueError(f"tokens: {len(message.tokens)} bytes are no int32 ids")
+    length = request.prompt_length + len(message.tokens) // 4
+    if max_length is not None and length >= max_length:
+        raise ValueError(f"tokens: a prompt of {length} leaves no room in {max_length} tokens")
+    if message.tokens:
+        ids = numpy.frombuffer(message.tokens, dtype="<i4")
+        _check_ids("tokens", int(ids.min()), int(ids.max()), vocab_size)
+    request.tokens.frombytes(message.tokens)
+    request.prompt_length = length
+    request.boundaries += tuple(message.boundaries)
+    request.looked_up = -1
+    request.more = message.more
+    request.expected = max(request.expected, length) if message.more else length
+    limit = request.expected + request.max_tokens
+    request.length_limit = limit if max_length is None else min(limit, max_length)
 
 
 def _check_ids(name: str, least: int, greatest: int, vocab_size: int) -> None:

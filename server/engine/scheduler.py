@@ -12,12 +12,12 @@ from model.chunk import Capacity, Copy, Sampled
 from server.engine.admission import Admission
 from server.engine.chain import Chain
 from server.engine.checkpoints import Checkpoints
-from server.engine.request import Request, accept
+from server.engine.request import Request, accept, extend
 from server.engine.slots import Holdings, saved
 from server.engine.states import States
 from server.engine.tiers import Checkpoint
 from server.engine.work import Work, chunk_of, output_of
-from server.protocol import Generate, Output, Read, Stats
+from server.protocol import Extend, Generate, Output, Read, Stats
 
 
 class Scheduler:
@@ -100,6 +100,20 @@ class Scheduler:
             self.checkpoints.begin(request)
         self.waiting[request.id] = request
 
+    def extend(self, message: Extend) -> list[Output]:
+        """More of a prompt. One that has ended meanwhile needs no more."""
+        id = message.id
+        request = self.running.get(id) or self.waiting.get(id) or self.swapped.get(id)
+        if request is None:
+            return []
+        try:
+            extend(request, message, max_length=self.max_length, vocab_size=self.vocab_size)
+        except ValueError as error:
+            return [self._fail(request, str(error))]
+        if self.checkpoints is not None and id not in self.waiting:
+            self.checkpoints.extend(request, len(message.tokens) // 4)
+        return []
+
     def abort(self, ids: Iterable[str]) -> list[Output]:
         """End these requests wherever they are; all that they hold is free at once."""
         outputs = []
@@ -114,7 +128,7 @@ class Scheduler:
         return outputs
 
     def schedule(self, now: float) -> Work:
-        """Admit who fits and pack the next step. Empty work: nothing is left to do."""
+        """Admit who fits and pack the next step. Empty work: there is nothing to do now."""
         if self.checkpoints is not None:
             self.checkpoints.jobs.done()
             for request in self.running.values():

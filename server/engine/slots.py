@@ -86,8 +86,9 @@ class Holdings:
         return -(-positions // self.block_size) if self.block_size else 0
 
     def lacking(self, request: Request) -> int:
-        """Blocks that a request still lacks for its known tokens and the next one."""
-        positions = min(len(request.tokens) + 1, request.length_limit)
+        """Blocks that a request still lacks for its known and expected tokens and the next one."""
+        known = max(len(request.tokens), request.expected)
+        positions = min(known + 1, request.length_limit)
         return self.blocks_for(positions) - len(request.blocks)
 
     def reach(self, request: Request, count: int) -> int:

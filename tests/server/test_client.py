@@ -16,7 +16,7 @@ import pytest
 import zmq
 
 from model.chunk import Sampling
-from server.api.client import EngineClient, merge
+from server.api.client import EngineClient, EngineStream, merge
 from server.errors import EngineDeadError
 from server.protocol import Generate, Output, TokenLogprob, pack_tokens, unpack_tokens
 from server.settings import Settings
@@ -314,7 +314,7 @@ def test_a_client_that_cannot_be_made_leaves_no_directory(
 
 
 def test_an_engine_that_hears_no_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("server.api.client.TERM_SECONDS", 0.2)
+    monkeypatch.setattr("server.api.launch.TERM_SECONDS", 0.2)
 
     async def test() -> None:
         deaf = "import signal, sys; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True);"
@@ -363,3 +363,26 @@ asyncio.run(main())
     assert done.returncode == -9 and b"steadystate-" in done.stdout
     assert time.monotonic() - started < 10
     assert not Path(done.stdout.decode().strip()).exists()
+
+
+def test_what_has_piled_up_comes_in_few_frames():
+    """A process that is too slow for every step sheds frames, and no token."""
+
+    async def test() -> None:
+        async with engine("--slots", 4) as client:
+            streams = [client.submit(generate(f"r{n}", [n], 600)) for n in range(4)]
+
+            async def slowly(stream: EngineStream) -> tuple[int, list[int]]:
+                frames, ids = 0, []
+                async for output in stream:
+                    frames += 1
+                    ids += unpack_tokens(output.tokens)
+                    time.sleep(0.002)  # what is to be done for a frame
+                return frames, ids
+
+            results = await asyncio.gather(*map(slowly, streams))
+            for n, (frames, ids) in enumerate(results):
+                assert ids == expected([n], 600)
+                assert frames < 200
+
+    within(20, test)

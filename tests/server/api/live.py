@@ -119,6 +119,7 @@ class Process:
     """`steadystate serve` as a process, with a fake engine in place of the real one."""
 
     def __init__(self, checkpoint: Path, *engine: str, **settings: object) -> None:
+        self.checkpoint = checkpoint
         given = {"model": str(checkpoint), "port": 0, **settings}
         code = (
             "import sys; from server.settings import Settings; from server.cli.serve import run; "

@@ -55,7 +55,8 @@ def test_a_stream(echo: Live, usage: bool) -> None:
     choices = [choice for chunk in chunks for choice in chunk["choices"]]
     assert all(choice["logprobs"] is None for choice in choices)
     assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["stop"]
-    assert choices[0]["delta"]["role"] == "assistant" and choices[0]["delta"]["content"] == "h"
+    assert choices[0]["delta"]["role"] == "assistant"
+    assert choices[0]["delta"]["content"].startswith("h")
     assert not any("role" in choice["delta"] for choice in choices[1:])
     text = "".join(choice["delta"].get("content", "") for choice in choices)
     assert text == "héllo 🙂"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from array import array
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +13,8 @@ from typing import Any
 import pytest
 
 from model.chunk import Capacity, Sampling
-from server.api.choice import Options
-from server.api.generate import Prompt, options_of, seed_of, start
+from server.api.choice import Options, Piece
+from server.api.generate import Generation, Prompt, options_of, seed_of, start
 from server.api.limits import Keys, Queue
 from server.api.logs import Record
 from server.api.schemas import CompletionBody
@@ -89,7 +91,9 @@ def test_the_memory_that_bounds_a_prompt_is_named(limit: int, named: bool) -> No
     service: Any = SimpleNamespace(capacity=capacity, settings=settings, client=None)
     options = Options(max_tokens=30, sampling=Sampling())
     with pytest.raises(ContextLengthError, match=f"{limit} tokens") as caught:
-        start(service, [Prompt(array("i", range(100)))], options, Record("a", "POST", "/"))
+        asyncio.run(
+            start(service, [Prompt(array("i", range(100)))], options, Record("a", "POST", "/"))
+        )
     assert ("2 KV blocks of 64 positions" in caught.value.message) == named
     assert ("--state-memory-gb" in caught.value.message) == named
 
@@ -98,3 +102,39 @@ def test_keys() -> None:
     keys = Keys(["a", "bé"])
     assert [keys.accept(key) for key in ("a", "bé", "", "A", "a ")] == [True, True] + [False] * 3
     assert Keys([]).accept("anything")
+
+
+def test_choices_run_ahead_of_their_reader_by_a_piece_each() -> None:
+    """So that what comes while a frame is sent goes into the next one."""
+
+    class Endless:
+        def __init__(self, index: int) -> None:
+            self.index, self.made, self.timeline = index, 0, None
+
+        async def pieces(self) -> AsyncIterator[Piece]:
+            while True:
+                await asyncio.sleep(0)
+                self.made += 1
+                yield Piece(self.index, str(self.made))
+
+        def close(self) -> None:
+            pass
+
+    async def read() -> None:
+        generation = Generation([Prompt(array("i", [1]))], 3, Record("a", "POST", "/"))
+        choices: Any = [Endless(index) for index in range(3)]
+        generation.choices = choices
+        read = [0] * 3
+        async for piece in generation.pieces():
+            read[piece.index] += 1
+            for _ in range(50):
+                await asyncio.sleep(0)
+            ahead = [choice.made - count for choice, count in zip(choices, read, strict=True)]
+            assert max(ahead) <= 2 and piece.text == str(read[piece.index])
+            if sum(read) == 30:
+                break
+        assert min(read) >= 8  # in turn, or nearly
+        for task in generation._tasks:
+            task.cancel()
+
+    asyncio.run(read())

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from model.chunk import Capacity, Sampling
 from server.engine.scheduler import Scheduler
 from server.engine.work import Work
 from server.protocol import (
     Export,
+    Extend,
     Fetch,
     Generate,
     Import,
@@ -85,11 +88,31 @@ class Bench:
         )  # fmt: skip
         self.replies: dict[str, Reply] = {}
         self.outputs: dict[str, list[Output]] = {}
+        self.rest: dict[str, bytes] = {}  # of prompts that are known in part
         self.now = 0
 
     def add(self, *messages: Generate | Read) -> None:
         for message in messages:
             self.scheduler.add(message)
+
+    def begin(self, message: Generate, known: int) -> None:
+        """Add a request of whose prompt only so much is known."""
+        self.rest[message.id] = message.tokens[4 * known :]
+        size = len(message.tokens) // 4
+        self.add(
+            msgspec.structs.replace(
+                message, tokens=message.tokens[: 4 * known], more=True, expected=size
+            )
+        )
+
+    def extend(self, id: str, count: int, *, more: bool = True) -> None:
+        """So much more of a prompt, or all of the rest."""
+        rest = self.rest[id]
+        piece = rest[: 4 * count] if more else rest
+        self.rest[id] = rest[len(piece) :]
+        if not more:
+            del self.rest[id]
+        self.gather(self.scheduler.extend(Extend(id=id, tokens=piece, more=more)))
 
     def abort(self, *ids: str) -> None:
         self.gather(self.scheduler.abort(ids))
@@ -108,7 +131,7 @@ class Bench:
             self.gather(self.scheduler.complete(work, self.runner.step(work.chunks)))
         else:
             expecting |= self.expecting
-            assert self.scheduler.idle or expecting, "there is work and none is done"
+            assert self.scheduler.idle or expecting or self.rest, "there is work and none is done"
         for news in states.take_news() if states is not None else ():
             if isinstance(news, Output):
                 self.gather([news])

@@ -44,6 +44,19 @@ class Traffic(RuleBasedStateMachine):
         self.sent[message.id] = message
         self.bench.add(message)
 
+    @rule(prompt=ids, known=st.integers(1, 12), max_tokens=st.integers(1, 20))
+    def begin(self, prompt: list[int], known: int, max_tokens: int) -> None:
+        """One arrives whose prompt is not all there."""
+        message = generate(str(len(self.sent)), prompt, max_tokens)
+        self.sent[message.id] = message
+        self.bench.begin(message, min(known, len(prompt)))
+
+    @rule(pick=st.integers(0, 1000), count=st.integers(0, 6), more=st.booleans())
+    def extend(self, pick: int, count: int, more: bool) -> None:
+        if self.bench.rest:
+            ids = list(self.bench.rest)
+            self.bench.extend(ids[pick % len(ids)], count, more=more)
+
     @rule(pick=st.integers(0, 1000))
     def abort(self, pick: int) -> None:
         if self.sent:
@@ -66,6 +79,8 @@ class Traffic(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "bench"):
             return
+        for id in list(self.bench.rest):
+            self.bench.extend(id, 0, more=False)
         self.bench.finish()
         for id, message in self.sent.items():
             tokens, finish = alone(message, self.max_length)
@@ -109,6 +124,18 @@ class Readers(Traffic):
         )  # fmt: skip
         self.sent[message.id] = message
         self.bench.add(message)
+
+    @rule(
+        document=st.integers(0, 2), length=st.integers(0, 400), prompt=ids,
+        known=st.integers(1, 400), max_tokens=st.integers(1, 40),
+    )  # fmt: skip
+    def begin_to_read(
+        self, document: int, length: int, prompt: list[int], known: int, max_tokens: int
+    ) -> None:
+        tokens = [*DOCUMENTS[document][:length], *prompt]
+        message = generate(str(len(self.sent)), tokens, max_tokens)
+        self.sent[message.id] = message
+        self.bench.begin(message, min(known, len(tokens)))
 
     @rule(pick=st.integers(0, 1000), prompt=ids)
     def go_on(self, pick: int, prompt: list[int]) -> None:
