@@ -13,8 +13,9 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --c
 serve: $(VENV)/.serve
 	exec $(VENV)/bin/steadystate serve --host $(HOST) --port $(PORT) $(ARGS)
 
+# two files at a time, a thread each: as many as the smallest machine has cores
 test: lint
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile
 
 # Without Docker: buildah follows the Dockerfile on a Debian that debootstrap makes, under build/.
 # Debian's packages start prometheus and nginx as services; the tests use other ports and need neither.

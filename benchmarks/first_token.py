@@ -161,7 +161,7 @@ def main() -> None:
                 settings = stack.enter_context(checkpoint(model)).model_copy(
                     update={
                         "device": options.device, "threads": threads, "port": 0,
-                        "log_level": "warning", "max_running": 4,
+                        "log_level": "warning", "max_running": 4, "prefix_caching": False,
                     }
                 )  # fmt: skip
                 path = settings.model_path

@@ -192,7 +192,7 @@ def main() -> None:
                 "device": options.device, "port": 0, "api_workers": options.api_workers,
                 "max_running": max(options.streams), "log_level": "warning",
                 "threads": options.threads or len(os.sched_getaffinity(0)),
-                "max_queue_requests": 100_000, "max_model_len": None,
+                "max_queue_requests": 100_000, "max_model_len": None, "prefix_caching": False,
             }
         )  # fmt: skip
         rows = measure(options, settings)

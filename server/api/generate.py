@@ -281,7 +281,6 @@ def options_of(
     *,
     max_tokens: int | None,
     logprobs: int | None,
-    thinking: bool | None = None,
 ) -> Options:
     """What a body asks for, the checkpoint's own sampling defaults filled in."""
     defaults = service.sampling_defaults
@@ -302,7 +301,6 @@ def options_of(
         include_stop=body.include_stop_str_in_output,
         skip_special_tokens=body.skip_special_tokens,
         salt=body.cache_salt or "",
-        thinking=thinking,
         sampling=Sampling(
             temperature=chosen.get("temperature", 1.0),
             top_p=chosen.get("top_p", 1.0),

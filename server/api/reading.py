@@ -102,9 +102,12 @@ async def read(service: Service, message: Read, count: int) -> tuple[State, int]
         )
     if not count:
         raise RequestError("a context must have at least 1 token, got 0", param="text")
-    service.queue.admit(service.client, tokens=count)
+    client = service.client
+    with client.admitting():
+        service.queue.admit(client, tokens=count)
+        submitted = client.submit(message)
     cached = 0
-    async with service.client.submit(message) as stream:
+    async with submitted as stream:
         async for output in stream:
             cached = max(cached, output.cached)
             if output.state is not None:

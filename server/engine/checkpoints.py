@@ -164,8 +164,7 @@ class Checkpoints:
             return True
         if any(reader.chain and shared(chain, reader.chain) >= known for reader in readers):
             return True
-        entries = () if self.disk is None else self.disk.shelf.entries.values()
-        return any(entry.position > known for entry in entries)
+        return self.disk is not None and self.disk.shelf.beyond(known)
 
     def extend(self, request: Request, added: int) -> None:
         """So many more tokens of a prompt that has been admitted."""
@@ -178,7 +177,8 @@ class Checkpoints:
             every=self.every,
         )  # fmt: skip
         new = (at for at in marks if chain.key(at) not in self._by_key)
-        request.wanted = sorted({*request.wanted, *new})
+        within = (at for at in request.wanted if at < request.prompt_length)
+        request.wanted = sorted({*within, *new})
 
     def admit(self, request: Request, found: Checkpoint | None) -> None:
         """Begin with a checkpoint, or with nothing, and decide what to keep on the way."""

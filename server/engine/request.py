@@ -141,6 +141,8 @@ def accept(
 
 def _limit(request: Request, message: Generate, *, max_length: int | None, vocab_size: int) -> None:
     """What a request generates, and how much of it."""
+    if message.more and message.base:
+        raise ValueError("more: a prompt with a base is complete")
     if message.max_tokens < 1:
         raise ValueError(f"max_tokens: {message.max_tokens} is less than 1")
     for name, named in (

@@ -84,12 +84,17 @@ class Shelf:
         if not self.entries:
             return None
         for index in range(most // BLOCK, least // BLOCK - 1, -1):
-            keys = self._blocks.get(chain.digest(index).hex(), ())
+            keys = tuple(self._blocks.get(chain.digest(index).hex(), ()))  # threads take some away
             entries = [entry for key in keys if (entry := self.entries.get(key)) is not None]
             for entry in sorted(entries, key=lambda entry: -entry.position):
                 if least <= entry.position <= most and chain.key(entry.position) == entry.key:
                     return entry
         return None
+
+    def beyond(self, position: int) -> bool:
+        """Whether there is any state of more than so many tokens, of whichever sequence."""
+        with self._books:
+            return any(entry.position > position for entry in self.entries.values())
 
     def save(
         self,

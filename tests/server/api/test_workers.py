@@ -123,6 +123,7 @@ def test_the_real_client_against_both(pair: Process) -> None:
         assert grew['request_success_total{finished_reason="stop"}'] == 72
         assert grew["time_to_first_token_seconds_count"] == 72
         assert grew["iteration_tokens_total_sum"] >= 2 * tokens
+        assert grew["prefix_cache_queries_total"] == tokens
         assert after["state_slots_total"] == 8 and after["num_requests_running"] == 0
         text = client.get("/metrics").text
         assert "Multiprocess" not in text and "pid=" not in text

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
 
 from server.engine.loop import Loop
-from server.protocol import Extend, pack_tokens
+from server.protocol import Extend, Read, pack_tokens
 from tests.server.engine.bench import Bench, alone, capacity, counts, generate
 from tests.server.engine.test_loop import Post
 from tests.server.fake_engine import FakeRunner
@@ -191,3 +193,33 @@ def test_one_that_follows_another_under_way_waits_to_see_where_they_part():
     for message in (first, second):
         assert bench.result(message.id) == alone(message)
     assert cached(bench, "b") == 1500
+
+
+def test_one_waits_while_a_longer_state_lies_on_the_disk(tmp_path: Path):
+    options = {"caching": True, "host_bytes": 1 << 20, "max_step_tokens": 512}
+    bench = Bench(directory=tmp_path, **options)
+    bench.add(Read(id="read", tokens=pack_tokens(DOCUMENT)))
+    bench.finish()
+    bench = Bench(directory=tmp_path, **options)  # nothing lies in memory
+    again = generate("again", [*DOCUMENT, 1, 2, 3], 4)
+    bench.begin(again, 600)
+    assert counts(bench.step()) == {}
+    bench.extend("again", 0, more=False)
+    bench.finish()
+    assert bench.result("again") == alone(again) and cached(bench, "again") == 2000
+
+
+def test_one_that_ends_before_it_was_expected_to_keeps_nothing_of_what_it_draws():
+    bench = Bench(caching=True, host_bytes=1 << 20, max_step_tokens=512)
+    message = generate("a", DOCUMENT[:1000], 200)
+    bench.rest["a"] = message.tokens[4 * 600 :]
+    part = msgspec.structs.replace(
+        message, tokens=message.tokens[: 4 * 600], more=True, expected=9000
+    )
+    bench.add(part)
+    bench.step()
+    assert max(bench.scheduler.running["a"].wanted) > 1000
+    bench.extend("a", 0, more=False)
+    assert bench.scheduler.running["a"].wanted == [999]
+    bench.finish()
+    assert bench.result("a") == alone(message)

@@ -24,6 +24,7 @@ from tests.server.engine.bench import generate
             "logit_bias: id -4 is negative",
         ),
         (msgspec.structs.replace(generate("a", 3), tokens=b"12345"), "tokens: 5 bytes"),
+        (msgspec.structs.replace(generate("a", 3), base="ab", more=True), "more: a prompt with a"),
     ],
 )
 def test_the_impossible_is_named(message, error):
