@@ -95,7 +95,8 @@ def test_a_client_that_leaves_frees_its_slot(proxy: httpx.Client, origin: Live) 
     origin.wait_idle()
     body = {"prompt": "abc", "max_tokens": 1_000_000, "ignore_eos": True, "stream": True}
     with proxy.stream("POST", "/v1/completions", json=body) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: an iterator that is dropped closes the connection
+        next(lines)
         eventually(lambda: origin.service.client.running == 1)
     origin.wait_idle()
 
