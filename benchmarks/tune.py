@@ -33,6 +33,7 @@ from kernels import (
 from kernels.lightning_reference import lightning_reference
 from kernels.packing import Packing
 from kernels.tuning import DecodeTuning, KeysTuning, PrefillTuning, RingTuning, RowsTuning, Tiles
+from model.lightning import drafts
 
 T = TypeVar("T")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -177,7 +178,7 @@ class Decoding:
 
     def ring(self, layer: int, candidate: RingTuning) -> None:
         memory = self.states[layer], *self.rings, self.folded
-        where = self.slots, self.starts, 0, self.o
+        where = self.slots, self.starts, drafts(R), self.o
         lightning_ring._triton(*self.inputs, self.slopes, 1.0, *memory, *where, tuning=candidate)
 
     def check(self, step: Callable[[int, Any], None], candidate: Any) -> float:

@@ -5,9 +5,9 @@ A prompt chunk and a decode token are both a Chunk: above the kernels there are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 PENDING = -1  # stands for the id that the slot's last step draws, which the host has not read yet
 
@@ -108,7 +108,6 @@ class Tensor:
     data: memoryview
 
 
-@dataclass(slots=True, eq=False)
 class Image:
     """A state as named tensors of bytes: what a file of it holds.
 
@@ -116,7 +115,20 @@ class Image:
     counts the blocks. Empty until a Copy has filled it. What the state does not use is zero.
     """
 
-    tensors: list[Tensor] = field(default_factory=list)
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
+        self._tensors = list(tensors)
+        self._make: Callable[[], list[Tensor]] | None = None
+
+    def fill(self, make: Callable[[], list[Tensor]]) -> None:
+        """Let these be the tensors; they are made for the first who asks, on its thread."""
+        self._make = make
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, in order. It may take a while until the device has given them."""
+        if self._make is not None:
+            self._tensors, self._make = self._make(), None
+        return self._tensors
 
 
 @dataclass(slots=True, frozen=True)
@@ -152,7 +164,8 @@ class Capacity:
     """What a loaded model can hold.
 
     state_bytes is the size of one slot, block_bytes that of one KV block over all layers (0 for a
-    model without full softmax layers, whose `blocks` and `block_size` are 0 too).
+    model without full softmax layers, whose `blocks` and `block_size` are 0 too). A state may be
+    gone on with from up to `rollback` tokens before its position, as if these had not been.
     max_model_len is None for a model whose sequences may grow without bound. dtype is that of
     weights and activations; the layouts are what a slot and a block hold.
     """
@@ -162,6 +175,7 @@ class Capacity:
     blocks: int = 0
     block_size: int = 0
     block_bytes: int = 0
+    rollback: int = 0
     max_model_len: int | None = None
     vocab_size: int = 0
     device: str = "cpu"
@@ -176,15 +190,24 @@ class OutOfDeviceMemory(Exception):
 
 
 class Runner(Protocol):
-    """What the engine needs of a model; a fake one for tests is a few lines."""
+    """What the engine needs of a model; a fake one for tests is a few lines.
+
+    Steps and copies are carried out in the order in which they are asked for. A runner that
+    `overlaps` does so beside the host: a step may be launched before the last one is collected.
+    """
 
     capacity: Capacity
+    overlaps: bool
 
-    def step(self, chunks: list[Chunk]) -> list[Sampled | None]:
-        """Fold each chunk into its slot; draw a token where sampling is given (same order).
+    def launch(self, chunks: list[Chunk]) -> Any:
+        """Begin to fold each chunk into its slot and to draw a token where sampling is given.
 
         Raises OutOfDeviceMemory, after which the slots of these chunks hold garbage.
         """
+        ...
+
+    def collect(self, launched: Any) -> list[Sampled | None]:
+        """What a step has drawn, in the order of its chunks; waits for it."""
         ...
 
     def copy(self, copies: list[Copy]) -> None:

@@ -24,34 +24,37 @@ def layout(fields: list[Field]) -> tuple[Layout, ...]:
     return tuple(Layout(field.name, NAMES[field.dtype], field.shape) for field in fields)
 
 
-def fill(image: Image, saved: Saved, store: Store, *, position: int, block_size: int) -> None:
-    """Make the image of a state of `position` tokens; waits until its bytes are there."""
+@torch.inference_mode()
+def tensors(saved: Saved, store: Store, *, position: int, block_size: int) -> list[Tensor]:
+    """Those of an image of a state of `position` tokens; waits until its bytes are there."""
     saved.wait()
+    made = []
     rows = _views(saved.slot, store.slot_fields)
     for field in store.slot_fields:
         data = _cleared(rows[field.name], field, position, rows)
-        image.tensors.append(_tensor(field, data, field.shape))
+        made.append(_tensor(field, data, field.shape))
     blocks = _views(saved.blocks, store.block_fields)
     for field in store.block_fields:
         data = blocks[field.name]
         if block_size and position % block_size and field.axis is not None:
             data = data.clone()
             data[-1].narrow(field.axis, position % block_size, -position % block_size).zero_()
-        image.tensors.append(_tensor(field, data, (len(data), *field.shape)))
+        made.append(_tensor(field, data, (len(data), *field.shape)))
+    return made
 
 
 def read(image: Image, store: Store) -> Saved:
     """A state on the host from an image whose tensors have the store's layouts."""
-    tensors = {tensor.name: tensor for tensor in image.tensors}
+    given = {tensor.name: tensor for tensor in image.tensors}
     names = [field.name for field in (*store.slot_fields, *store.block_fields)]
-    assert len(names) == len(tensors) and tensors.keys() == set(names), "an image of another model"
-    counts = {tensors[field.name].shape[0] for field in store.block_fields}
+    assert len(names) == len(given) and given.keys() == set(names), "an image of another model"
+    counts = {given[field.name].shape[0] for field in store.block_fields}
     slot, blocks = store.host(counts.pop() if counts else 0)
     slot.zero_()
     blocks.zero_()
     for memory, fields in ((slot, store.slot_fields), (blocks, store.block_fields)):
         for name, view in _views(memory, fields).items():
-            data = np.frombuffer(tensors[name].data, dtype=np.uint8)
+            data = np.frombuffer(given[name].data, dtype=np.uint8)
             view.copy_(torch.from_numpy(data.copy()).view(view.dtype).view(view.shape))
     return Saved(slot=slot, blocks=blocks)
 

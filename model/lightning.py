@@ -27,6 +27,17 @@ class Memory:
     ring: int
     values: torch.dtype
 
+    @property
+    def rollback(self) -> int:
+        """How many tokens a sequence can be set back, by going on from a smaller start."""
+        return drafts(self.ring)
+
+
+def drafts(ring: int) -> int:
+    """Of the tokens in a ring, the last ones that no state folds yet: one, which a sequence that
+    has ended may have read too many."""
+    return int(ring > 1)
+
 
 def memory_fields(index: int, heads: int, dk: int, dv: int, memory: Memory) -> list[Field]:
     """What layer `index` keeps in a slot."""
@@ -86,9 +97,9 @@ class Lightning:
             return lightning_decode(
                 q, k, v, self.slopes, self.scale, states, rows.slots, rows.starts
             )
-        return lightning_ring_decode(
-            q, k, v, self.slopes, self.scale, states, *rings, rows.slots, rows.starts
-        )
+        where = states, *rings, rows.slots, rows.starts
+        spared = drafts(rings[0].shape[2])
+        return lightning_ring_decode(q, k, v, self.slopes, self.scale, *where, drafts=spared)
 
     def _prefill(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Packing, store: Store
@@ -97,5 +108,6 @@ class Lightning:
         rings = self._rings(store)
         if rings is not None:
             ends = rows.starts + rows.cu_seqlens.diff()
-            lightning_ring_fold(self.slopes, states, *rings, rows.slots, rows.starts, ends)
+            where = states, *rings, rows.slots, rows.starts, ends
+            lightning_ring_fold(self.slopes, *where, drafts=drafts(rings[0].shape[2]))
         return lightning_prefill(q, k, v, self.slopes, self.scale, states, rows)

@@ -7,21 +7,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from model import image
 from model.batch import Batch
 from model.chunk import Capacity, Chunk, Copy, OutOfDeviceMemory, Sampled, Sampling
 from model.config import ConfigError, Fields
 from model.families import Family, build, logits_of
 from model.graphs import DecodeGraphs
-from model.image import fill, layout
-from model.image import read as read_image
 from model.lightning import Memory
 from model.sampling import Seen, plain, read, sample
 from model.sequences import Sequences
 from model.store import Field, Saved, Store, row_bytes
+from model.transfer import upload
 from model.weights import Parameters, fingerprint
 
 BLOCK_SIZE = 64  # positions of a KV block
@@ -35,7 +37,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(slots=True, frozen=True, eq=False)
 class Launched:
-    """A step under way: its chunks, which of them ask, what they draw (on the host once `done`)."""
+    """A step under way: its chunks, which of them ask, what they draw (on the host once `done`).
+
+    Without `done` the step is over.
+    """
 
     chunks: list[Chunk]
     asking: list[int]
@@ -64,6 +69,7 @@ class ModelRunner:
         self.saved: dict[str, Saved] = {}
         most = -(-(capacity.max_model_len or 0) // BLOCK_SIZE) if capacity.blocks else 0
         self.sequences = Sequences(store.slots.count, most, store.device)
+        self.overlaps = store.device.type == "cuda"
         self.graphs: DecodeGraphs | None = None
         self.parameters: Parameters | None = None
 
@@ -82,7 +88,7 @@ class ModelRunner:
         asking = [i for i in order if chunks[i].sampling is not None]
         try:
             self.sequences.keep(ordered)
-            self.seen.record(ordered)
+            self.seen.record(ordered, self.sequences)
             if self.graphs is not None and self.graphs.serve(ordered):
                 drawn = self._replay(ordered)
             else:
@@ -107,11 +113,14 @@ class ModelRunner:
         """A step of one token of each sequence, by a graph."""
         assert self.graphs is not None
         ids, logits = self.graphs.replay(chunks)
-        rows = [i for i, chunk in enumerate(chunks) if chunk.sampling is not None]
+        asking = [chunk for chunk in chunks if chunk.sampling is not None]
+        if len(asking) < len(chunks):
+            places = [i for i, chunk in enumerate(chunks) if chunk.sampling is not None]
+            rows = upload(places, self.store.device, np.int64)
+            ids, logits = ids[rows], logits[rows]
         if all(plain(chunk) for chunk in chunks):
-            return ids if len(rows) == len(ids) else ids[rows]
-        asking = [chunks[i] for i in rows]
-        drawn = sample(logits[rows], asking, self.seen)
+            return ids
+        drawn = sample(logits, asking, self.seen)
         self._remember(asking, drawn)
         return drawn
 
@@ -127,18 +136,19 @@ class ModelRunner:
         return drawn
 
     def _remember(self, asking: list[Chunk], drawn: torch.Tensor) -> None:
-        slots = torch.tensor([chunk.slot for chunk in asking], dtype=torch.int32)
-        slots = slots.to(self.store.device, non_blocking=True)
+        slots = upload([chunk.slot for chunk in asking], self.store.device, np.int32)
         self.sequences.drawn(slots, drawn[:, 0].long())
 
     def _leave(
         self, drawn: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.cuda.Event | None]:
-        """The one copy of a step to the host, and when it is done."""
-        if drawn is None or self.store.device.type != "cuda":
+        """The one copy of a step to the host, and when it is done, or all that came before."""
+        if self.store.device.type != "cuda":
             return drawn, None
-        host = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
-        host.copy_(drawn, non_blocking=True)
+        host = None
+        if drawn is not None:
+            host = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
+            host.copy_(drawn, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
         return host, done
@@ -165,17 +175,24 @@ class ModelRunner:
                 self.store.move(source.slot, target.slot, pairs)
                 self._set_seen(target.slot, seen)
             elif source.key is not None and target.image is not None:
-                saved, size = self.saved[source.key], self.capacity.block_size
-                fill(target.image, saved, self.store, position=source.position, block_size=size)
+                target.image.fill(
+                    partial(
+                        image.tensors,
+                        self.saved[source.key],
+                        self.store,
+                        position=source.position,
+                        block_size=self.capacity.block_size,
+                    )
+                )
             elif source.image is not None and target.key is not None:
-                self.saved[target.key] = read_image(source.image, self.store)
+                self.saved[target.key] = image.read(source.image, self.store)
             else:
                 raise ValueError(f"cannot copy {source} to {target}")
 
     def _set_seen(self, slot: int, row: torch.Tensor | None) -> None:
         self.seen.rows.pop(slot, None)
         if row is not None:
-            self.seen.rows[slot] = row.to(self.store.device, copy=True)
+            self.seen.rows[slot] = row.to(self.store.device, non_blocking=True, copy=True)
 
     def device_memory(self) -> int:
         """Bytes of device memory that the process has reserved; on the CPU, resident bytes."""
@@ -272,7 +289,8 @@ def load_runner(
             name = f"random-{seed}-{quantization}"
 
     with _phase(seconds, "memory"):
-        slot_fields = model.slot_fields(Memory(DTYPES[state_dtype], ring, kind))
+        memory = Memory(DTYPES[state_dtype], ring, kind)
+        slot_fields = model.slot_fields(memory)
         slot_bytes = row_bytes(slot_fields)
         block_bytes = row_bytes(model.block_fields(BLOCK_SIZE))
         if state_memory_gb is not None:
@@ -298,13 +316,14 @@ def load_runner(
         blocks=blocks,
         block_size=BLOCK_SIZE if blocks else 0,
         block_bytes=block_bytes,
+        rollback=memory.rollback,
         max_model_len=length,
         vocab_size=model.vocab_size,
         device=torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
         dtype=str(kind).removeprefix("torch."),
         fingerprint=name,
-        slot_layout=layout(slot_fields),
-        block_layout=layout(model.block_fields(BLOCK_SIZE)) if blocks else (),
+        slot_layout=image.layout(slot_fields),
+        block_layout=image.layout(model.block_fields(BLOCK_SIZE)) if blocks else (),
     )
     runner = ModelRunner(model, store, capacity, max_step_tokens=step_tokens, seconds=seconds)
     runner.parameters = parameters

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 from kernels.sampling import draw
-from model.chunk import Chunk, Sampled, Sampling
+from model.chunk import PENDING, Chunk, Sampled, Sampling
+from model.sequences import Sequences
+from model.transfer import upload
 
 PROMPT = 1 << 30  # in Seen: this id stands in the prompt; the bits below count generated ones
 MASK64 = (1 << 64) - 1
@@ -51,7 +53,7 @@ class Seen:
         self.device = device
         self.rows: dict[int, torch.Tensor] = {}
 
-    def record(self, chunks: Sequence[Chunk]) -> None:
+    def record(self, chunks: Sequence[Chunk], sequences: Sequences) -> None:
         """Remember the tokens of penalised chunks; forget what recycled slots had seen."""
         for chunk in chunks:
             if chunk.start == 0:
@@ -63,11 +65,13 @@ class Seen:
                 row = torch.zeros(self.vocab_size, dtype=torch.int32, device=self.device)
                 self.rows[chunk.slot] = row
             if len(chunk.before):
-                row[torch.tensor(chunk.before, dtype=torch.int64).to(self.device)] |= PROMPT
-            ids = torch.tensor(chunk.tokens, dtype=torch.int64).to(self.device)
+                row[upload(chunk.before, self.device, np.int64)] |= PROMPT
+            ids = upload(chunk.tokens, self.device, np.int64)
             if chunk.prompt:
                 row[ids] |= PROMPT
             else:
+                if chunk.tokens[0] == PENDING:
+                    ids = sequences.ids(ids, upload([chunk.slot], self.device, np.int32))
                 row.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
 
 
@@ -80,33 +84,36 @@ def sample(logits: torch.Tensor, chunks: Sequence[Chunk], seen: Seen) -> torch.T
     device = logits.device
     wanted = [c.sampling for c in chunks if c.sampling is not None]
     assert len(wanted) == len(logits)
-    asked = [i for i, s in enumerate(wanted) if s.logprobs is not None]
-    best = max((wanted[i].logprobs or 0 for i in asked), default=0)
-    log_probabilities = logits[asked].log_softmax(-1) if asked else None
+    asking = [i for i, s in enumerate(wanted) if s.logprobs is not None]
+    best = max((wanted[i].logprobs or 0 for i in asking), default=0)
+    if asking:
+        asked = upload(asking, device, np.int64)
+        log_probabilities = logits[asked].log_softmax(-1)
 
     _bias(logits, chunks)
     penalised = [i for i, s in enumerate(wanted) if s.penalised]
     if penalised:
         table = torch.stack([seen.rows[chunks[i].slot] for i in penalised])
-        logits[penalised] = _penalise(logits[penalised], table, [wanted[i] for i in penalised])
+        rows = upload(penalised, device, np.int64)
+        logits[rows] = _penalise(logits[rows], table, [wanted[i] for i in penalised])
 
-    warm = torch.from_numpy(np.array([warmth(s) for s in wanted], dtype=np.float32))
-    temperatures, keys = warm.to(device), torch.from_numpy(noise_keys(chunks)).to(device)
+    temperatures = upload([warmth(s) for s in wanted], device, np.float32)
+    keys = upload(noise_keys(chunks), device)
     ids = draw(logits, temperatures, keys)
     filtered = [i for i, s in enumerate(wanted) if warmth(s) and _filtered(s)]
     if filtered:
-        some = logits if len(filtered) == len(logits) else logits[filtered]
+        rows = upload(filtered, device, np.int64)
+        some = logits if len(filtered) == len(logits) else logits[rows]
         drawn = _draw_filtered(
-            (some - some.amax(1, keepdim=True)) / temperatures[filtered, None],
-            uniform(keys[filtered]),
+            (some - some.amax(1, keepdim=True)) / temperatures[rows, None],
+            uniform(keys[rows]),
             [wanted[i] for i in filtered],
         )
-        rows = torch.tensor(filtered, device=device)
         ids.index_copy_(0, rows, torch.where(ids[rows] < 0, ids[rows], drawn))
 
     result = torch.zeros(len(logits), 2 + 2 * best, dtype=torch.float64, device=device)
     result[:, 0] = ids
-    if log_probabilities is not None:
+    if asking:
         of_drawn = log_probabilities.gather(1, ids[asked, None].clamp(min=0))
         result[asked, 1] = of_drawn[:, 0].double()
         values, best_ids = log_probabilities.topk(best, dim=-1)
@@ -138,7 +145,7 @@ def read(result: torch.Tensor, chunks: Sequence[Chunk]) -> list[Sampled]:
 
 
 def _column(values: list[float], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.array(values, dtype=np.float32)[:, None]).to(device)
+    return upload(values, device, np.float32)[:, None]
 
 
 def _filtered(s: Sampling) -> bool:
@@ -161,8 +168,8 @@ def _bias(logits: torch.Tensor, chunks: Sequence[Chunk]) -> None:
             ids.append(token)
             values.append(-math.inf)
     if rows:
-        where = torch.tensor([rows, ids], device=logits.device)
-        amounts = torch.tensor(values, dtype=logits.dtype, device=logits.device)
+        where = upload(np.array([rows, ids]), logits.device)
+        amounts = upload(values, logits.device, np.float32)
         logits.index_put_((where[0], where[1]), amounts, accumulate=True)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from model.chunk import PENDING, Chunk
+from model.transfer import upload
 
 
 class Sequences:
@@ -40,10 +41,7 @@ class Sequences:
                 blocks += new
                 self._known[chunk.slot] = list(chunk.blocks)
         if places:
-            both = torch.from_numpy(np.array([places, blocks], dtype=np.int64))
-            if self.device.type == "cuda":
-                both = both.pin_memory()
-            both = both.to(self.device, non_blocking=True)
+            both = upload(np.array([places, blocks], dtype=np.int64), self.device)
             self.tables.view(-1).index_copy_(0, both[0], both[1].int())
 
     def forget(self, slot: int) -> None:

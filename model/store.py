@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
 import torch
+
+from model.transfer import upload
 
 ALIGNMENT = 256  # bytes; vector loads and copies want aligned fields
 PIECE_BYTES = 16 << 20  # of device memory that saving or restoring blocks takes
@@ -117,7 +120,7 @@ class Store:
         return Saved(
             slot=host,
             blocks=host_blocks,
-            seen=None if seen is None else seen.to("cpu", copy=True),
+            seen=None if seen is None else self._leave_seen(seen),
             done=None if self._leaving is None else self._leaving.record_event(),
         )
 
@@ -139,6 +142,11 @@ class Store:
         for rows, index in self._pieces(blocks):
             self.blocks.memory[index] = saved.blocks[rows].to(self.device, non_blocking=True)
 
+    def _leave_seen(self, seen: torch.Tensor) -> torch.Tensor:
+        host = torch.empty_like(seen, device="cpu", pin_memory=self._leaving is not None)
+        self._leave(host, seen if self._leaving is None else seen.clone())
+        return host
+
     def _leave(self, host: torch.Tensor, part: torch.Tensor) -> None:
         """Copy to the host without waiting for it: part is itself a copy, so that the slot or the
         blocks may change meanwhile."""
@@ -155,7 +163,7 @@ class Store:
         device has no room for a second copy of all blocks of a long sequence."""
         count = max(PIECE_BYTES // max(self.blocks.bytes, 1), 1)
         for i in range(0, len(blocks), count):
-            part = torch.tensor(blocks[i : i + count], dtype=torch.int64, device=self.device)
+            part = upload(blocks[i : i + count], self.device, np.int64)
             yield slice(i, i + len(part)), part
 
     def move(self, source: int, target: int, blocks: list[tuple[int, int]]) -> None:

@@ -18,9 +18,11 @@ from benchmarks.timing import milliseconds
 from kernels.lightning_decode import lightning_decode
 from kernels.lightning_reference import lightning_reference
 from kernels.lightning_ring import lightning_ring_decode, lightning_ring_fold
+from model.lightning import drafts
 
 H = 16
 R = 16
+DRAFTS = drafts(R)  # as a server decodes
 POOL_BYTES = 600_000_000  # that the states of a work take at least: many times the cache
 FLOAT32_GOALS = {32: 0.9, 256: 0.70, 1024: 0.68}
 BFLOAT16_GOALS = {256: 0.45}
@@ -57,7 +59,7 @@ class Layers:
         where = self.slots, starts
         if self.ring:
             memory = self.states[i], *self.rings[i]
-            return lightning_ring_decode(*inputs, self.slopes, 1.0, *memory, *where)
+            return lightning_ring_decode(*inputs, self.slopes, 1.0, *memory, *where, DRAFTS)
         return lightning_decode(*inputs, self.slopes, 1.0, self.states[i], *where)
 
     def step(self) -> None:
@@ -83,7 +85,7 @@ class Layers:
             starts += 1
         if self.ring:
             memory = self.states[0], *self.rings[0]
-            lightning_ring_fold(self.slopes, *memory, self.slots, starts, starts)
+            lightning_ring_fold(self.slopes, *memory, self.slots, starts, starts, DRAFTS)
             self.rings[0][2][..., 1] = self.starts[:, None]
             self.rings[0][2][..., 0] = 0
         errors = []

@@ -216,11 +216,14 @@ class Checkpoints:
     def inherit(self, request: Request) -> Checkpoint | None:
         """Keep what a request that ends has in its slot, by letting the slot go over.
 
-        A state with tokens that nobody knows, drawn after a stop that was found late, is not kept,
-        nor one that is a single token farther than the last.
+        A stop that was found late has been read into the state as the last token: the state is set
+        back by that where it can be. One that is a single token farther than the last is not kept.
         """
-        if request.computed > len(request.tokens):
+        assert request.computed <= len(request.tokens), "a token that nobody knows"
+        if request.lost:
             return None
+        if request.generated and request.computed == len(request.tokens):
+            request.computed -= min(self.capacity.rollback, 1)
         if request.computed < LEAST and not request.reading:
             return None
         last = max([request.cached, *(checkpoint.position for checkpoint in request.kept)])

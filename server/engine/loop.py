@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -64,8 +64,9 @@ class Mailbox(Protocol):
 class Loop:
     """Owns the scheduler and drives the runner.
 
-    A Work is completed on its own, whatever was scheduled since, and its chunks count as computed
-    from the moment they are scheduled: one step may later be launched before the last is collected.
+    Beside a runner that overlaps, a step is scheduled and launched while the last one runs, and
+    only then is the last one collected: chunks count as computed from the moment they are
+    scheduled, and a work is completed whatever was scheduled since.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Loop:
         )
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._memory = (0, 0, 0)  # held, free, in all
+        self._under_way: tuple[Work, Any] | None = None  # launched, and not collected
         self._stuck = False  # the last turn found nothing to compute
         self._measured = -MEMORY_SECONDS
 
@@ -119,8 +121,7 @@ class Loop:
             if states is not None:
                 states.copied()
         self._stuck = not work.chunks
-        if work.chunks:
-            outputs += self._compute(work)
+        outputs += self._compute(work)
         for news in states.take_news() if states is not None else ():
             if isinstance(news, Output):
                 outputs.append(news)
@@ -133,7 +134,7 @@ class Loop:
 
     def _patience(self, idle_seconds: float) -> float:
         """How long to wait for messages: not at all while there is something to compute."""
-        if self.scheduler.pressing or not (self.scheduler.idle or self._stuck):
+        if self._under_way or self.scheduler.pressing or not (self.scheduler.idle or self._stuck):
             return 0.0
         states = self.scheduler.states
         return FILE_SECONDS if states is not None and states.expecting else idle_seconds
@@ -149,15 +150,30 @@ class Loop:
         return stats
 
     def _compute(self, work: Work) -> list[Output]:
-        try:
-            sampled = self.runner.step(work.chunks)
-        except OutOfDeviceMemory as error:
-            log.error(
-                "a step of %d tokens in %d chunks ran out of device memory: %s",
-                work.tokens, len(work.chunks), error,
-            )  # fmt: skip
-            return self.scheduler.fail(work, "the step of this request ran out of device memory")
-        return self.scheduler.complete(work, sampled)
+        """Launch the work and collect the one before; without overlap, the work as well."""
+        before, failed = self._under_way, False
+        self._under_way = None
+        if work.chunks:
+            try:
+                self._under_way = work, self.runner.launch(work.chunks)
+            except OutOfDeviceMemory as error:
+                failed = True
+                work.lose()
+                log.error(
+                    "a step of %d tokens in %d chunks ran out of device memory: %s",
+                    work.tokens, len(work.chunks), error,
+                )  # fmt: skip
+        outputs = [] if before is None else self._collect(*before)
+        if failed:
+            trouble = "the step of this request ran out of device memory"
+            return outputs + self.scheduler.fail(work, trouble)
+        if self._under_way is not None and not self.runner.overlaps:
+            outputs += self._collect(*self._under_way)
+            self._under_way = None
+        return outputs
+
+    def _collect(self, work: Work, launched: Any) -> list[Output]:
+        return self.scheduler.complete(work, self.runner.collect(launched))
 
     def _read(self, data: bytes) -> list[Output]:
         """Carry out one message. One that cannot be is logged, and answered if it names an id."""

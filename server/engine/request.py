@@ -23,8 +23,10 @@ class Request:
     """Two integers, no phases: `computed` chases len(tokens).
 
     When it has caught up a token is drawn and appended, until a stop id or `length_limit` tokens.
-    A request that is only `reading` ends there, with no token drawn. While `more` of its prompt is
-    to come, the last token that is known waits to be computed.
+    While a step that draws one is under way, the next step may compute that one, whatever it is;
+    if it turns out to be a stop id, that was a token too many. A request that is only `reading`
+    ends there, with no token drawn. While `more` of its prompt is to come, the last token that is
+    known waits to be computed.
     """
 
     id: str
@@ -42,6 +44,8 @@ class Request:
     expected: int = 0  # tokens of its prompt, about
 
     computed: int = 0
+    drawing: int = 0  # tokens that steps under way will append
+    lost: bool = False  # a step has left garbage in its slot
     slot: int | None = None
     blocks: list[int] = field(default_factory=list)
     started: float | None = None  # when its slot was taken first
@@ -69,7 +73,10 @@ class Request:
     @property
     def remaining(self) -> int:
         """Tokens that can be computed."""
-        return len(self.tokens) - self.computed - self.more
+        length = len(self.tokens) + self.drawing
+        if self.drawing and length >= self.length_limit:
+            return 0  # the one that is being drawn is the last
+        return length - self.computed - self.more
 
     @property
     def generated(self) -> int:
@@ -78,8 +85,8 @@ class Request:
 
     @property
     def suppress(self) -> tuple[int, ...]:
-        """Ids that may not be drawn next."""
-        return self.stop_ids if self.generated < self.min_tokens else ()
+        """Ids that the next step may not draw."""
+        return self.stop_ids if self.generated + self.drawing < self.min_tokens else ()
 
     def append(self, token: int) -> None:
         """Take a drawn token, and end if it is the last."""

@@ -145,12 +145,16 @@ class Scheduler:
         return Work(copies, chunks, requests, admitted)
 
     def complete(self, work: Work, sampled: list[Sampled | None]) -> list[Output]:
-        """Take the tokens that the work has drawn; who has ended gives everything back."""
+        """Take the tokens that the work has drawn; who has ended gives everything back.
+
+        One work more may have been scheduled since, and launched.
+        """
         assert len(sampled) == len(work.chunks), f"{len(sampled)} for {len(work.chunks)} chunks"
         outputs = []
         for request, chunk, drawn in zip(work.requests, work.chunks, sampled, strict=True):
+            request.drawing -= chunk.sampling is not None
             if request.finish is not None:
-                continue  # aborted meanwhile
+                continue  # aborted meanwhile, or ended by a token before this one
             if chunk.sampling is None:
                 outputs.append(output_of(request))
                 if request.reading and chunk.start + len(chunk.tokens) == len(request.tokens):
@@ -170,7 +174,10 @@ class Scheduler:
         return outputs + self._announce(work)
 
     def fail(self, work: Work, error: str) -> list[Output]:
-        """End every request of the work: its step was lost, and what was kept since."""
+        """End every request of the work: its step was lost, and what was kept since.
+
+        After work.lose(), and when all work before it was completed.
+        """
         lost = [request for request in work.requests if request.finish is None]
         if self.checkpoints is not None:
             for request, chunk in zip(work.requests, work.chunks, strict=True):

@@ -161,14 +161,14 @@ class States:
             return
         chain, position = self.checkpoints.chain(checkpoint), checkpoint.position
         metadata = archive.describe(capacity, chain, position, salt=checkpoint.salt)
-        tensors = [archive.narrow(chain.tokens, capacity.vocab_size), *image.tensors]
+        tokens = archive.narrow(chain.tokens, capacity.vocab_size)
 
         def end(future: Future[int]) -> None:
             error = future.exception()
             self._answer(message.id, Trouble(507, str(error)) if error else checkpoint)
 
         self.checkpoints.jobs.start(
-            lambda: archive.write(Path(message.path), metadata, tensors), end
+            lambda: archive.write(Path(message.path), metadata, [tokens, *image.tensors]), end
         )
 
     def _import(self, message: Import) -> None:

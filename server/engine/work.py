@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
-from model.chunk import Chunk, Copy, Sampled
+from model.chunk import PENDING, Chunk, Copy, Sampled
 from server.engine.request import Request
 from server.protocol import Output, TokenLogprob, pack_tokens
 
@@ -22,6 +23,11 @@ class Work:
     def tokens(self) -> int:
         return sum(len(chunk.tokens) for chunk in self.chunks)
 
+    def lose(self) -> None:
+        """The step has failed: nothing may be kept of what lies in the slots of these chunks."""
+        for request in self.requests:
+            request.lost = True
+
 
 def chunk_of(request: Request, count: int) -> Chunk:
     """The next `count` tokens as a chunk; from here on they count as computed."""
@@ -29,19 +35,21 @@ def chunk_of(request: Request, count: int) -> Chunk:
     start, end = request.computed, request.computed + count
     request.computed = end
     penalised = request.sampling.penalised
-    last = end == len(request.tokens) and not request.reading
-    return Chunk(
-        tokens=request.tokens[start:end],
+    last = end == len(request.tokens) + request.drawing and not request.reading
+    chunk = Chunk(
+        tokens=request.tokens[start:end] or array("i", [PENDING]),
         start=start,
         slot=request.slot,
         blocks=request.blocks,
         sampling=request.sampling if last else None,
-        generated=request.generated,
+        generated=request.generated + request.drawing,
         suppress=request.suppress if last else (),
         prompt=start < request.prompt_length,
         penalised=penalised,
         before=request.tokens[:start] if start and start == request.cached and penalised else (),
     )
+    request.drawing += last
+    return chunk
 
 
 def output_of(

@@ -11,8 +11,10 @@ import torch
 from model import sampling
 from model.chunk import Chunk, Sampled, Sampling
 from model.sampling import Seen, noise_keys, read, sample, uniform
+from model.sequences import Sequences
 
 CPU = torch.device("cpu")
+SEQUENCES = Sequences(4, 0, CPU)
 LOGITS = [2.0, 1.0, 0.5, 0.0, -1.0, -3.0]
 
 
@@ -122,10 +124,10 @@ def test_penalties_count_what_they_should() -> None:
         temperature=0.0, presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=2.0
     )
     prompt = Chunk(tokens=[0, 4], start=0, slot=3, prompt=True, penalised=True)
-    seen.record([prompt])
+    seen.record([prompt], SEQUENCES)
     for position, token in enumerate([1, 1, 5]):
         fed = Chunk(tokens=[token], start=2 + position, slot=3, prompt=False, penalised=True)
-        seen.record([fed])
+        seen.record([fed], SEQUENCES)
     logits = torch.tensor([LOGITS])
     asked = Chunk(tokens=[5], start=5, slot=3, sampling=options, prompt=False, penalised=True)
     before = logits.clone()
@@ -137,10 +139,10 @@ def test_penalties_count_what_they_should() -> None:
 
 def test_a_recycled_slot_forgets() -> None:
     seen = Seen(6, CPU)
-    seen.record([Chunk(tokens=[1], start=0, slot=0, penalised=True)])
-    seen.record([Chunk(tokens=[2], start=0, slot=0, penalised=True)])
+    seen.record([Chunk(tokens=[1], start=0, slot=0, penalised=True)], SEQUENCES)
+    seen.record([Chunk(tokens=[2], start=0, slot=0, penalised=True)], SEQUENCES)
     assert seen.rows[0].tolist()[1] == 0
-    seen.record([Chunk(tokens=[2], start=0, slot=0)])
+    seen.record([Chunk(tokens=[2], start=0, slot=0)], SEQUENCES)
     assert 0 not in seen.rows
 
 
@@ -161,7 +163,7 @@ def test_the_greatest_noise_finds_an_id_that_has_mass(monkeypatch: pytest.Monkey
 
 def test_penalties_that_overflow_are_told() -> None:
     seen = Seen(4, CPU)
-    seen.record([Chunk(tokens=[1], start=0, slot=0, penalised=True)])
+    seen.record([Chunk(tokens=[1], start=0, slot=0, penalised=True)], SEQUENCES)
     options = Sampling(repetition_penalty=1e-40, logprobs=2)
     asked = Chunk(tokens=[2], start=1, slot=0, sampling=options, penalised=True)
     logits = torch.tensor([[0.0, 5.0, 1.0, -1.0]])

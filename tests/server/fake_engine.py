@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from model.chunk import (
+    PENDING,
     Capacity,
     Chunk,
     Copy,
@@ -57,14 +58,25 @@ class FakeRunner:
     crash_after: int | None = None  # steps, after which the process is killed
     echo: bool = False
     end_token: int = 0
+    overlaps: bool = False
     slots: dict[int, array[int]] = field(default_factory=dict)
     blocks: dict[int, dict[int, int]] = field(default_factory=dict)  # block: offset: token
     saved: dict[str, array[int]] = field(default_factory=dict)
+    latest: dict[int, int] = field(default_factory=dict)  # what each slot drew last
+    under_way: list[list[Sampled | None]] = field(default_factory=list)
     steps: list[list[Chunk]] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
     keep_steps: bool = True
 
     def step(self, chunks: list[Chunk]) -> list[Sampled | None]:
+        return self.collect(self.launch(chunks))
+
+    def collect(self, launched: list[Sampled | None]) -> list[Sampled | None]:
+        assert self.under_way and self.under_way.pop(0) is launched, "out of order"
+        return launched
+
+    def launch(self, chunks: list[Chunk]) -> list[Sampled | None]:
+        assert len(self.under_way) <= self.overlaps, "one step too many is under way"
         if self.crash_after is not None:
             if self.crash_after == 0:
                 os._exit(70)
@@ -84,13 +96,20 @@ class FakeRunner:
             for chunk in chunks:
                 self.slots[chunk.slot] = array("i", [-7])
             raise OutOfDeviceMemory("tried to allocate 1 GB")
-        return [self._draw(chunk) if chunk.sampling is not None else None for chunk in chunks]
+        drawn = [self._draw(chunk) if chunk.sampling is not None else None for chunk in chunks]
+        for chunk, sampled in zip(chunks, drawn, strict=True):
+            if sampled is not None:
+                self.latest[chunk.slot] = max(sampled.token, 0)
+        self.under_way.append(drawn)
+        return drawn
 
     def copy(self, copies: list[Copy]) -> None:
         self.copies += copies
         for copy in copies:
             state = self._load(copy.source)
             assert len(state) == copy.source.position, "a copy of another position"
+            if copy.target is not None and copy.target.slot is not None:
+                self.latest.pop(copy.target.slot, None)
             if copy.target is None:
                 assert copy.source.key is not None
                 del self.saved[copy.source.key]
@@ -115,11 +134,15 @@ class FakeRunner:
         assert 0 <= chunk.slot < self.capacity.slots
         state = self.slots[chunk.slot] if chunk.start else array("i")
         assert len(state) == chunk.start, "the slot is at another position"
-        self.slots[chunk.slot] = state + array("i", chunk.tokens)
+        tokens = array("i", chunk.tokens)
+        if PENDING in tokens:
+            assert self.overlaps and self.under_way and len(tokens) == 1, "nothing is pending"
+            tokens[0] = self.latest[chunk.slot]
+        self.slots[chunk.slot] = state + tokens
         if self.capacity.blocks:
             size = self.capacity.block_size
             assert len(chunk.blocks) == -(-(chunk.start + len(chunk.tokens)) // size)
-            self._write(chunk.blocks, chunk.start, chunk.tokens)
+            self._write(chunk.blocks, chunk.start, tokens)
             assert self._read(chunk.blocks, len(self.slots[chunk.slot])) == self.slots[chunk.slot]
 
     def _draw(self, chunk: Chunk) -> Sampled:
@@ -146,6 +169,8 @@ class FakeRunner:
             return array("i", bytes(tensor.data))[: place.position]
         assert place.slot is not None
         state = self.slots[place.slot]
+        assert 0 <= len(state) - place.position <= self.capacity.rollback
+        state = state[: place.position]
         if self.capacity.blocks:
             assert len(place.blocks) == -(-place.position // self.capacity.block_size)
             assert self._read(place.blocks, len(state)) == state
@@ -182,6 +207,7 @@ def main() -> int:
     add("--bug-token", type=int, help="a step with this token raises something unforeseen")
     add("--echo", action="store_true", help="generate the prompt again, then --end-token")
     add("--end-token", type=int, default=0)
+    add("--overlap", action="store_true", help="let a step be launched before the last is read")
     options = parser.parse_args()
     capacity = Capacity(
         slots=options.slots,
@@ -191,6 +217,7 @@ def main() -> int:
         block_bytes=64 if options.blocks else 0,
         max_model_len=options.max_model_len,
         vocab_size=options.vocab_size,
+        rollback=int(options.overlap),
         fingerprint="fake",
         slot_layout=LAYOUT,
     )
@@ -208,6 +235,7 @@ def main() -> int:
             crash_after=options.crash_after,
             echo=options.echo,
             end_token=options.end_token,
+            overlaps=options.overlap,
             keep_steps=False,
         )
 

@@ -77,11 +77,13 @@ class Bench:
     def __init__(
         self, *, max_step_tokens: int = 64, caching: bool = False, host_bytes: int = 0,
         directory: Path | None = None, disk_bytes: int = 1 << 30, runner: Any = None,
-        **fields: Any,
+        overlap: bool = False, **fields: Any,
     ) -> None:  # fmt: skip
         self.runner = runner or FakeRunner(
-            capacity=capacity(**fields), max_step_tokens=max_step_tokens, keep_steps=True
-        )
+            capacity=capacity(**fields), max_step_tokens=max_step_tokens, keep_steps=True,
+            overlaps=overlap,
+        )  # fmt: skip
+        self.under_way: tuple[Work, Any] | None = None
         self.scheduler = Scheduler(
             self.runner.capacity, max_step_tokens=max_step_tokens, caching=caching,
             host_bytes=host_bytes, directory=directory, disk_bytes=disk_bytes,
@@ -127,11 +129,16 @@ class Bench:
         self.runner.copy(work.copies)
         if states is not None:
             states.copied()
+        before, self.under_way = self.under_way, None
         if work.chunks:
-            self.gather(self.scheduler.complete(work, self.runner.step(work.chunks)))
+            self.under_way = work, self.runner.launch(work.chunks)
         else:
-            expecting |= self.expecting
-            assert self.scheduler.idle or expecting or self.rest, "there is work and none is done"
+            done = before is not None or expecting or self.expecting
+            assert self.scheduler.idle or done or self.rest, "there is work and none is done"
+        if before is not None:
+            self._collect(*before)
+        if not self.runner.overlaps:
+            self.settle()
         for news in states.take_news() if states is not None else ():
             if isinstance(news, Output):
                 self.gather([news])
@@ -140,6 +147,15 @@ class Bench:
         self.scheduler.check_integrity()
         return work
 
+    def settle(self) -> None:
+        """Collect what is under way."""
+        before, self.under_way = self.under_way, None
+        if before is not None:
+            self._collect(*before)
+
+    def _collect(self, work: Work, launched: Any) -> None:
+        self.gather(self.scheduler.complete(work, self.runner.collect(launched)))
+
     @property
     def expecting(self) -> bool:
         return self.scheduler.states is not None and self.scheduler.states.expecting
@@ -147,7 +163,12 @@ class Bench:
     def finish(self, limit: int = 10_000) -> int:
         """Step until idle; how many steps that took."""
         steps = 0
-        while not self.scheduler.idle or self.expecting or self.scheduler.pressing:
+        while (
+            not self.scheduler.idle
+            or self.expecting
+            or self.scheduler.pressing
+            or self.under_way is not None
+        ):
             steps += not self.scheduler.idle
             self.step()
             assert steps < limit, "no end in sight"

@@ -9,8 +9,9 @@ from random import Random
 import pytest
 
 from model.chunk import Chunk, Copy, Image, Place, Sampling
-from model.runner import ModelRunner, load_runner
+from model.runner import Launched, ModelRunner, load_runner
 from server.engine.scheduler import Scheduler
+from server.engine.work import Work
 from server.protocol import Generate, Output, pack_tokens, unpack_tokens
 from tests.model.checkpoints import LIGHTNING, SOFTMAX, write
 
@@ -43,8 +44,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Engine:
     """A scheduler and a runner, without a loop."""
 
-    def __init__(self, runner: ModelRunner, *, caching: bool, host_bytes: int = 0) -> None:
+    def __init__(
+        self, runner: ModelRunner, *, caching: bool, host_bytes: int = 0, overlap: bool = False
+    ) -> None:
         self.runner = runner
+        self.overlap = overlap
         self.computed = 0
         self.scheduler = Scheduler(
             runner.capacity, max_step_tokens=512, caching=caching, host_bytes=host_bytes
@@ -54,20 +58,28 @@ class Engine:
         for message in messages:
             self.scheduler.add(message)
         outputs: dict[str, list[Output]] = {message.id: [] for message in messages}
-        while not self.scheduler.idle:
+        under_way: list[tuple[Work, Launched]] = []
+        while not self.scheduler.idle or under_way:
             work = self.scheduler.schedule(0.0)
             self.runner.copy(work.copies)
             self.computed += work.tokens
-            for output in self.scheduler.complete(work, self.runner.step(work.chunks)):
-                outputs[output.id].append(output)
+            if work.chunks:
+                under_way.append((work, self.runner.launch(work.chunks)))
+            if len(under_way) > (self.overlap and bool(work.chunks)):
+                before, launched = under_way.pop(0)
+                for output in self.scheduler.complete(before, self.runner.collect(launched)):
+                    outputs[output.id].append(output)
         self.scheduler.check_integrity()
         return outputs
 
 
-def ask(id: str, tokens: list[int], sampling: Sampling, boundaries: list[int]) -> Generate:
+def ask(
+    id: str, tokens: list[int], sampling: Sampling, boundaries: list[int], stop: list[int]
+) -> Generate:
     return Generate(
-        id=id, tokens=pack_tokens(tokens), sampling=sampling, max_tokens=4, boundaries=boundaries
-    )
+        id=id, tokens=pack_tokens(tokens), sampling=sampling, max_tokens=4, boundaries=boundaries,
+        stop_token_ids=stop,
+    )  # fmt: skip
 
 
 def told(outputs: list[Output]) -> tuple[list[int], list[float]]:
@@ -85,16 +97,23 @@ def conversations(rng: Random, count: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "ring", "count"),
-    [("pure", 0, 500), ("window", 0, 200), ("hybrid", 0, 200), ("pure", 8, 200)],
+    ("kind", "ring", "count", "overlap"),
+    [
+        ("pure", 0, 500, False),
+        ("window", 0, 200, False),
+        ("hybrid", 0, 200, True),
+        ("pure", 8, 200, True),
+        ("window", 8, 100, True),
+    ],
 )
 def test_cached_equals_cold_over_random_conversations(
-    models: Path, kind: str, ring: int, count: int
+    models: Path, kind: str, ring: int, count: int, overlap: bool
 ) -> None:
+    """With overlap, stops are found when the next step has read them."""
     rng = Random(count)
     runner = load(models, kind, ring=ring)
     cold = Engine(load(models, kind, ring=ring), caching=False)
-    warm = Engine(runner, caching=True, host_bytes=4_000_000)
+    warm = Engine(runner, caching=True, host_bytes=4_000_000, overlap=overlap)
     greedy = Sampling(temperature=0.0, logprobs=0)
     talks = conversations(rng, count)
     for turn in range(2):
@@ -102,7 +121,8 @@ def test_cached_equals_cold_over_random_conversations(
         for number, tokens in enumerate(talks):
             boundaries = sorted(rng.sample(range(1, len(tokens)), min(2, len(tokens) - 1)))
             sampling = greedy if number % 5 else replace(greedy, repetition_penalty=1.2)
-            messages.append(ask(f"{turn}-{number}", tokens, sampling, boundaries))
+            stop = rng.sample(range(VOCAB), 12)
+            messages.append(ask(f"{turn}-{number}", tokens, sampling, boundaries, stop))
         want, got = cold.run(messages), warm.run(messages)
         for number, message in enumerate(messages):
             (ids, logprobs), (cached_ids, cached_logprobs) = (

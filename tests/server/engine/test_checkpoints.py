@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from itertools import pairwise
 from random import Random
 from typing import Any
@@ -205,37 +206,46 @@ def test_what_was_kept_before_a_lost_step_of_another_stays():
     assert len(bench.scheduler.checkpoints.tiers.device) == kept
 
 
-def test_a_stop_found_late_leaves_no_extra_token():
-    """The next step is under way when the stop is found: the slot holds the stop itself by then."""
-    bench = caching()
-    message = generate("a", words(100, 1), 9)
-    third = alone(message)[0][2]
-    bench.add(generate("a", words(100, 1), 9, stop=[third]))
+@pytest.mark.parametrize("rollback", [0, 1])
+def test_a_stop_found_late_leaves_no_extra_token(rollback):
+    """The next step has read the stop itself by then: it is taken back, or is known at least."""
+    bench = caching(overlap=True, rollback=rollback)
+    prompt = words(100, 1)
+    third = alone(generate("a", prompt, 9))[0][2]
+    message = generate("a", prompt, 9, stop=[third])
+    bench.add(message)
+    bench.finish()
+    assert bench.result("a") == alone(message) and len(bench.tokens("a")) == 3
+    [end] = [c for c in bench.scheduler.checkpoints.tiers.device if c.position > 100]
+    assert len(bench.runner.slots[end.slot]) == 103 and end.position == 103 - rollback
+    for id, rest in (("b", [third, 5, 6]), ("c", [(third + 1) % 97, 5, 6])):
+        again = generate(id, [*prompt, *bench.tokens("a")[:2], *rest], 4)
+        bench.add(again)
+        bench.finish()
+        assert bench.result(id) == alone(again)
+    assert [bench.outputs[id][-1].cached for id in ("b", "c")] == [
+        103 - rollback,
+        102 * rollback or 99,
+    ]
+
+
+def test_a_step_that_is_lost_under_way_leaves_nothing():
+    """One that ended with the step before it had garbage in its slot by then."""
+    bench = caching(overlap=True, rollback=1)
+    prompt = words(100, 1)
+    message = generate("a", prompt, 9, stop=[alone(generate("a", prompt, 9))[0][2]])
+    bench.add(message)
     while len(bench.tokens("a")) < 2:
         bench.step()
     work = bench.scheduler.schedule(9.0)
-    drawn = bench.runner.step(work.chunks)
-    request = work.requests[0]
-    request.computed += 1  # as when the token that was just drawn is folded already
-    bench.runner.slots[request.slot].append(third)
-    bench.gather(bench.scheduler.complete(work, drawn))
-    assert bench.finish_of("a") == "stop"
-    [end] = [c for c in bench.scheduler.checkpoints.tiers.device if c.position > 100]
-    assert list(bench.runner.slots[end.slot]) == [*words(100, 1), *bench.tokens("a")]
-    assert end.position == 103
-    # and two tokens too far, of which one is known to nobody: not kept
-    bench.add(generate("b", words(90, 2), 9, stop=[alone(generate("b", words(90, 2)))[0][0]]))
-    work = bench.scheduler.schedule(9.0)
-    while work.chunks[0].sampling is None:
-        bench.runner.copy(work.copies)
-        bench.gather(bench.scheduler.complete(work, bench.runner.step(work.chunks)))
-        work = bench.scheduler.schedule(9.0)
     bench.runner.copy(work.copies)
-    drawn = bench.runner.step(work.chunks)
-    work.requests[0].computed += 2
-    bench.gather(bench.scheduler.complete(work, drawn))
-    assert bench.finish_of("b") == "stop"
-    assert not [c for c in bench.scheduler.checkpoints.tiers.device if c.position in (91, 92)]
+    bench.runner.slots[work.chunks[0].slot] = array("i", [-7])
+    work.lose()
+    bench.settle()
+    bench.gather(bench.scheduler.fail(work, "lost"))
+    assert bench.result("a") == alone(message)
+    assert all(c.position < 100 for c in bench.scheduler.checkpoints.tiers.device)
+    bench.finish()
 
 
 def test_penalised_requests_are_told_what_came_before():

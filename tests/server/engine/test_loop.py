@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from model.chunk import PENDING
 from server.engine.loop import Loop
 from server.protocol import Abort, FromEngine, Output, Ready, Step, unpack_tokens
 from tests.server.engine.bench import alone, capacity, generate
@@ -44,10 +45,15 @@ class Post:
         return list(unpack_tokens(b"".join(o.tokens for o in outputs))), outputs[-1].finish
 
 
-def machine(*, max_step_tokens: int = 64, trap: str = OOM, **fields: Any) -> tuple[Loop, Post]:
+def machine(
+    *, max_step_tokens: int = 64, trap: str = OOM, overlap: bool = False, **fields: Any
+) -> tuple[Loop, Post]:
     post = Post()
     runner = FakeRunner(
-        capacity=capacity(**fields), max_step_tokens=max_step_tokens, traps={TRAP: trap}
+        capacity=capacity(**fields),
+        max_step_tokens=max_step_tokens,
+        traps={TRAP: trap},
+        overlaps=overlap,
     )
     return Loop(runner, post, clock=lambda: 7.0), post
 
@@ -191,4 +197,72 @@ def test_preemption_goes_through_the_runner():
     run(loop)
     assert post.sent[-1].stats.preemptions >= 1 and loop.runner.saved == {}
     for message in messages:
+        assert post.result(message.id) == alone(message)
+
+
+def test_with_overlap_a_step_is_launched_before_the_last_is_collected():
+    loop, post = machine(overlap=True)
+    message = generate("a", 5, 3)
+    post.put(message)
+    said = []
+    for _ in range(5):
+        loop.turn(0.5)
+        said.append((len(loop.runner.steps), len(loop.runner.under_way), len(post.outputs("a"))))
+    # three steps for three tokens, each told while the next one runs; nothing after the last
+    assert said == [(1, 1, 0), (2, 1, 1), (3, 1, 2), (3, 0, 3), (3, 0, 3)]
+    assert [list(step[0].tokens) for step in loop.runner.steps[1:]] == [[PENDING]] * 2
+    assert post.waits == [0.5, 0.0, 0.0, 0.0, 0.5]
+    assert post.result("a") == alone(message)
+
+
+def test_with_overlap_a_stop_costs_one_row_and_changes_nothing():
+    loop, post = machine(overlap=True)
+    free = alone(generate("a", 5, 9))[0]
+    messages = [
+        generate("a", 5, 9, stop=[free[3]]), generate("bb", 7, 9),
+        generate("ccc", 6, 30, min_tokens=6, stop=range(40)),
+    ]  # fmt: skip
+    post.put(*messages)
+    run(loop)
+    for message in messages:
+        assert post.result(message.id) == alone(message)
+    rows = sum(len(step) for step in loop.runner.steps)
+    ended = [alone(message) for message in messages]
+    stops = sum(finish == "stop" for _, finish in ended)
+    assert rows == sum(len(tokens) for tokens, _ in ended) + stops and stops == 2
+    assert loop.scheduler.holdings.slots.held == 0
+
+
+def test_with_overlap_a_lost_step_keeps_what_was_drawn_before_it():
+    """The step that draws the last token is under way when the next one runs out of memory."""
+    loop, post = machine(overlap=True)
+    done, going = generate("done", [1, 2], 3), generate("going", [3, 4], 9)
+    post.put(done, going)
+    loop.turn()
+    loop.turn()
+    loop.turn()
+    post.put(generate("bad", [1, TRAP, 2]))
+    run(loop)
+    assert post.result("done") == alone(done)
+    assert post.result("bad") == ([], "error")
+    tokens, finish = post.result("going")
+    assert finish == "error" and tokens == alone(going)[0][: len(tokens)] and len(tokens) == 3
+    assert loop.scheduler.holdings.slots.held == 0
+    post.put(generate("fine", [4, 5], 4))
+    run(loop)
+    assert post.result("fine") == alone(generate("fine", [4, 5], 4))
+
+
+def test_with_overlap_who_is_aborted_or_preempted_leaves_no_trace():
+    loop, post = machine(overlap=True, blocks=16, block_size=4, slots=3)
+    loop.runner.traps.clear()
+    messages = [generate(id, 10, 30) for id in ("a", "bb", "ccc")]
+    post.put(*messages, generate("dddd", 9, 50))
+    for _ in range(4):
+        loop.turn()
+    post.put(Abort(["a"]))
+    run(loop)
+    assert post.outputs("a")[-1].finish == "abort"
+    assert post.sent[-1].stats.preemptions >= 1 and loop.runner.saved == {}
+    for message in messages[1:]:
         assert post.result(message.id) == alone(message)

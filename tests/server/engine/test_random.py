@@ -23,11 +23,12 @@ class Traffic(RuleBasedStateMachine):
         blocks=st.sampled_from([0, 0, 6, 9, 14]),
         budget=st.sampled_from([1, 2, 5, 16, 64]),
         bound=st.sampled_from([None, 20]),
+        overlap=st.booleans(),
     )
-    def start(self, slots: int, blocks: int, budget: int, bound: int | None) -> None:
+    def start(self, slots: int, blocks: int, budget: int, bound: int | None, overlap: bool) -> None:
         self.bench = Bench(
             slots=slots, blocks=blocks, block_size=4 if blocks else 0,
-            max_step_tokens=budget, max_model_len=bound,
+            max_step_tokens=budget, max_model_len=bound, overlap=overlap,
         )  # fmt: skip
         self.max_length = self.bench.scheduler.max_length
         self.sent: dict[str, Generate] = {}
@@ -99,11 +100,15 @@ class Readers(Traffic):
         blocks=st.sampled_from([0, 0, 120, 200]),
         budget=st.sampled_from([7, 64, 300]),
         host=st.sampled_from([0, 3000, 100_000]),
+        overlap=st.booleans(),
+        rollback=st.integers(0, 1),
     )
-    def start(self, slots: int, blocks: int, budget: int, host: int) -> None:
+    def start(
+        self, slots: int, blocks: int, budget: int, host: int, overlap: bool, rollback: int
+    ) -> None:
         self.bench = Bench(
             slots=slots, blocks=blocks, block_size=4 if blocks else 0, max_step_tokens=budget,
-            caching=True, host_bytes=host,
+            caching=True, host_bytes=host, overlap=overlap, rollback=rollback,
         )  # fmt: skip
         self.max_length = self.bench.scheduler.max_length
         self.sent = {}
@@ -156,8 +161,10 @@ class Readers(Traffic):
         self.bench.runner.copy(work.copies)
         for chunk in work.chunks:
             self.bench.runner.slots[chunk.slot] = array("i", [-7] * pick)
+        work.lose()
+        self.bench.settle()
         self.bench.gather(self.bench.scheduler.fail(work, "lost"))
-        self.aborted |= {request.id for request in work.requests}
+        self.aborted |= {r.id for r in work.requests if r.finish == "error"}
 
     def teardown(self) -> None:
         super().teardown()
