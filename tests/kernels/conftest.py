@@ -59,8 +59,18 @@ def poison(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def seed():
-    """Each test draws the same numbers whichever tests ran before it."""
+def seed(monkeypatch):
+    """Each test draws the same numbers, whichever ran before it and whatever device it is for."""
+
+    def moved(draw):
+        def drawn(*args, device=None, **kwargs):
+            tensor = draw(*args, **kwargs)
+            return tensor if device is None else tensor.to(device)
+
+        return drawn
+
+    for name in ("rand", "randn", "randint", "randperm"):
+        monkeypatch.setattr(torch, name, moved(getattr(torch, name)))
     torch.manual_seed(0)
 
 

@@ -8,7 +8,8 @@ from kernels.rmsnorm import rmsnorm, rmsnorm_reference
 from kernels.rmsnorm_gate import rmsnorm_gate, rmsnorm_gate_reference
 from tests.kernels.cases import error
 
-BOUND = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 3e-3}
+# one number of bfloat16 is off by up to 2^-8 of itself
+BOUND = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 4e-3}
 WIDTHS = pytest.mark.parametrize(("T", "D"), [(1, 1), (3, 100), (7, 781), (2, 3072)])
 
 
