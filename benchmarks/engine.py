@@ -6,13 +6,18 @@ A decode work gives every sequence 16 tokens of prompt and lets it generate to 5
 value is the time between the first and the last token over the steps. A prefill work is the time
 from the request to its first token. Tokens are drawn at temperature 1 and nothing ends early. The
 second run of each work counts. The floor of a decode step: every weight that it needs read once,
-states read and written once, at the copy bandwidth measured in the same run.
+states read and written once, at the copy bandwidth measured in the same run. That of a prefill: its
+products at the rate of a GEMM and causal attention at cuDNN's, both measured in the same run.
+Beside a prefill stands the most device memory that was reserved by its end: a pure model's does not
+grow with the prompt. What was measured is written even if the run is ended before its time.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +27,7 @@ import msgspec
 import torch
 
 from benchmarks.result import Row, write
-from benchmarks.timing import copy_bandwidth, gemm_rate
+from benchmarks.timing import copy_bandwidth, gemm_rate, milliseconds
 from model.chunk import Sampling
 from model.config import Fields
 from model.runner import ModelRunner, load_runner
@@ -61,20 +66,21 @@ class Work:
 
 WORKS = [
     *(Work(f"decode-{B}", B, PROMPT, END - PROMPT, "ms a step") for B in (1, 8, 64, 256, 512)),
-    *(Work(f"prefill-{T}", 1, T, 1, "s") for T in (8192, 131_072, 1_048_576, 4_194_304)),
+    *(Work(f"prefill-{T}", 1, T, 1, "s") for T in (1024, 8192, 131_072, 1_048_576, 4_194_304)),
     Work("prefill-64x2048", 64, 2048, 1, "s"),
     Work("job-256x1024+128", 256, 1024, 128, "s"),
 ]
 # in each work's unit, on one H200
-GOALS = {
+GOALS: dict[str, dict[str, float | None]] = {
     "MiniMaxForCausalLM": {
         "decode-1": 0.75, "decode-64": 2.0, "decode-256": 3.0, "decode-512": 4.8,
-        "prefill-8192": 0.030, "prefill-131072": 0.70, "prefill-1048576": 21.0,
-        "prefill-64x2048": 0.42, "job-256x1024+128": 1.4,
+        "prefill-1024": None, "prefill-8192": 0.030, "prefill-131072": 0.70,
+        "prefill-1048576": 21.0, "prefill-64x2048": 0.42, "job-256x1024+128": 1.4,
     },
     "TransnormerForCausalLM": {
         "decode-1": 0.75, "decode-256": 2.4,
-        "prefill-131072": 0.50, "prefill-1048576": 4.0, "prefill-4194304": 16.0,
+        "prefill-1024": None, "prefill-131072": 0.50,
+        "prefill-1048576": 4.0, "prefill-4194304": 16.0,
     },
 }  # fmt: skip
 
@@ -115,22 +121,53 @@ def run(loop: Loop, mailbox: Mailbox, work: Work, vocab: int, seed: int) -> floa
     return (drawn[-1] - drawn[0]) / (len(drawn) - 1) * 1e3
 
 
-def floor(runner: ModelRunner, fields: Fields, work: Work, bandwidth: float) -> float | None:
-    """Milliseconds of a decode step: weights once (of experts those that so many tokens are
-    expected to meet), states in and out."""
-    if work.unit == "s":
-        return None
-    experts = fields.values.get("num_local_experts", 1)
-    met = 1 - (1 - fields.values.get("num_experts_per_tok", 1) / experts) ** work.count
+@dataclass(slots=True, frozen=True)
+class Rates:
+    """Of the card, as measured: bytes copied a second, operations of a GEMM and of cuDNN's causal
+    attention a second."""
+
+    bandwidth: float
+    gemm: float
+    attention: float
+
+    @classmethod
+    def measured(cls) -> Rates:
+        bandwidth, gemm = copy_bandwidth(), gemm_rate()
+        T, H, d = 32_768, 16, 128
+        q, k, v = (torch.randn(1, H, T, d, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+        attend = torch.ops.aten._scaled_dot_product_cudnn_attention
+        seconds = milliseconds(lambda: attend(q, k, v, None, False, 0.0, True, False)) / 1e3
+        torch.cuda.empty_cache()
+        return cls(bandwidth, gemm, 2 * H * T * T * d / seconds)
+
+
+def floor(runner: ModelRunner, fields: Fields, work: Work, rates: Rates) -> float:
+    """In the work's unit. Of experts, a decode step reads those that so many tokens are expected
+    to meet, and a prompt's token meets its own."""
     parameters = runner.parameters
     assert parameters is not None
+    experts = fields.values.get("num_local_experts", 1)
+    top = fields.values.get("num_experts_per_tok", 1)
+    if work.unit == "s":
+        active = sum(
+            t.numel() * (top / experts if t.ndim == 3 else 1)
+            for t in parameters.tensors
+            if t.ndim > 1 and t.shape[0] != runner.capacity.vocab_size
+        )
+        generated = work.count * (work.tokens - 1)
+        seconds = 2 * active * (work.count * work.prompt + generated) / rates.gemm
+        softmax = sum(name.startswith("keys.") for name in runner.store.blocks.views)
+        heads, d = fields.values.get("num_attention_heads", 0), fields.values.get("head_dim", 0)
+        scores = softmax * work.count * 2 * heads * d * work.prompt**2
+        return seconds + scores / rates.attention
+    met = 1 - (1 - top / experts) ** work.count
     weights = sum(t.nbytes * (met if t.ndim == 3 else 1) for t in parameters.tensors)
     states = sum(
         view[0].nbytes
         for name, view in runner.store.slots.views.items()
         if name.startswith("state.")
     )
-    return (weights + 2 * work.count * states) / bandwidth * 1e3
+    return (weights + 2 * work.count * states) / rates.bandwidth * 1e3
 
 
 def main() -> None:
@@ -140,9 +177,7 @@ def main() -> None:
     parser.add_argument("--max-step-tokens", type=int, default=None)
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
-    bandwidth, rate = (copy_bandwidth(), gemm_rate()) if cuda else (0.0, 0.0)
-    if cuda:
-        torch.cuda.empty_cache()
+    rates = Rates.measured() if cuda else None
     runner = load_runner(
         options.config, seed=0, max_running=512, max_step_tokens=options.max_step_tokens
     )
@@ -153,31 +188,36 @@ def main() -> None:
     gc.freeze()
     fields = Fields.read(options.config)
     goals = GOALS.get(fields.architecture, {})
-    rows = []
-    for work in WORKS:
-        named = options.only is None or work.name in options.only
-        if not named or (options.only is None and goals and work.name not in goals):
-            continue
-        values = [run(loop, mailbox, work, runner.capacity.vocab_size, seed) for seed in (1, 2)]
-        rows.append(
-            Row(
-                work=f"{options.config.name} {work.name}",
-                value=values[-1],
-                unit=work.unit,
-                better="lower",
-                floor=floor(runner, fields, work, bandwidth) if cuda else None,
-                goal=goals.get(work.name),
+    rows: list[Row] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
+    try:
+        for work in WORKS:
+            named = options.only is None or work.name in options.only
+            if not named or (options.only is None and goals and work.name not in goals):
+                continue
+            values = [run(loop, mailbox, work, runner.capacity.vocab_size, seed) for seed in (1, 2)]
+            rows.append(
+                Row(
+                    work=f"{options.config.name} {work.name}",
+                    value=values[-1],
+                    unit=work.unit,
+                    better="lower",
+                    floor=None if rates is None else floor(runner, fields, work, rates),
+                    goal=goals.get(work.name),
+                )
             )
-        )
-        print(rows[-1].work, values, flush=True)
-    write(
-        "engine",
-        rows,
-        name=f"engine-{options.config.name}",
-        copy_TBps=bandwidth / 1e12,
-        gemm_TFLOPs=rate / 1e12,
-        device_memory_GB=runner.device_memory() / 1e9,
-    )
+            print(rows[-1].work, values, flush=True)
+            if work.name.startswith("prefill"):
+                name = f"{options.config.name} device memory, {work.name}"
+                held = runner.device_memory() / 1e9
+                rows.append(Row(work=name, value=held, unit="GB", better="lower"))
+    finally:
+        told = {} if rates is None else {
+            "copy_TBps": rates.bandwidth / 1e12,
+            "gemm_TFLOPs": rates.gemm / 1e12,
+            "attention_TFLOPs": rates.attention / 1e12,
+        }  # fmt: skip
+        write("engine", rows, name=f"engine-{options.config.name}", **told)
 
 
 if __name__ == "__main__":
