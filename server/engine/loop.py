@@ -94,7 +94,7 @@ class Loop:
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._memory = (0, 0, 0)  # held, free, in all
         self._under_way: tuple[Work, Any] | None = None  # launched, and not collected
-        self._stuck = False  # the last turn found nothing to compute
+        self._stuck = False  # the last turn found nothing to compute or to collect
         self._measured = -MEMORY_SECONDS
 
     def run(self, wanted: Callable[[], bool]) -> None:
@@ -120,7 +120,7 @@ class Loop:
             self.runner.copy(work.copies)
             if states is not None:
                 states.copied()
-        self._stuck = not work.chunks
+        self._stuck = not work.chunks and self._under_way is None
         outputs += self._compute(work)
         for news in states.take_news() if states is not None else ():
             if isinstance(news, Output):

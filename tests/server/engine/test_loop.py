@@ -233,6 +233,14 @@ def test_with_overlap_a_stop_costs_one_row_and_changes_nothing():
     assert loop.scheduler.holdings.slots.held == 0
 
 
+def test_with_overlap_nobody_waits_for_a_slot_that_was_just_given_back():
+    loop, post = machine(overlap=True, slots=1)
+    post.put(generate("a", 5, 3), generate("bb", 7, 3))
+    while not post.outputs("bb") or post.outputs("bb")[-1].finish is None:
+        loop.turn(0.5)
+    assert post.waits == [0.5] + [0.0] * (len(post.waits) - 1)
+
+
 def test_with_overlap_a_lost_step_keeps_what_was_drawn_before_it():
     """The step that draws the last token is under way when the next one runs out of memory."""
     loop, post = machine(overlap=True)
