@@ -25,7 +25,7 @@ import torch
 from kernels import lightning_prefill_hopper as hopper
 from kernels.language import dot_precision, expm1, felt, jit, next_power_of_2, tl
 from kernels.packing import Packing
-from kernels.segments import plan
+from kernels.segments import Work, plan
 from kernels.tuning import PrefillTuning, prefill_tuning, processors
 
 SPAN = 2048  # rows that the torch path works on at a time: they stay in the cache
@@ -243,6 +243,18 @@ def _outputs_kernel(
         tl.store(p_state, b_s.to(states_ptr.dtype.element_ty), mask=m_s)
 
 
+def work_for(states: torch.Tensor, packing: Packing, tuning: PrefillTuning) -> Work:
+    """How sequences are cut where a card has as many heads going on at a time as it holds."""
+    H, dk, dv = states.shape[1:]
+    each = -(-dv // tuning.outputs.columns)  # programs of a head
+
+    def heads(resident: int) -> int:
+        return max(processors(states.device) * resident // each, 1)
+
+    once = tuning.reread and (heads(tuning.reread.resident), tuning.reread.cost)
+    return plan(packing, H, heads(tuning.resident), 4 * dk * dv, once)
+
+
 def _triton(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -262,15 +274,9 @@ def _triton(
     H, dk, dv = states.shape[1:]
     BLOCK_K = max(next_power_of_2(dk), 16)
     tuning = tuning or prefill_tuning(q.device, q.dtype.itemsize, BLOCK_K)
-    first, last, reread = tuning.contributions, tuning.outputs, tuning.reread
-    programs = processors(q.device), -(-dv // last.columns)  # of the card, of a head
-
-    def heads(resident: int) -> int:
-        return max(programs[0] * resident // programs[1], 1)
-
-    once = reread and (heads(reread.resident), reread.cost)
-    work = plan(packing, H, heads(tuning.resident), 4 * dk * dv, once)
-    stages = reread.stages if reread and work.reread else None
+    first, last = tuning.contributions, tuning.outputs
+    work = work_for(states, packing, tuning)
+    stages = tuning.reread.stages if tuning.reread and work.reread else None
     segment_states = torch.empty(work.states, H, dk, dv, dtype=torch.float32, device=q.device)
     kv_strides = k.stride(0), k.stride(1), v.stride(0), v.stride(1)
     precision, apart = dot_precision(q.dtype), q.dtype.itemsize == 4
