@@ -69,7 +69,7 @@ def reread(
     all go on at a time, and something is cut."""
     longest = max(lengths)
     best, least = SHORT[0], float("inf")
-    for L in SHORT:
+    for L in SHORT if len(lengths) * H <= programs else ():
         if longest > L and sum(-(-n // L) for n in lengths) * H <= programs:
             time = L + OVERHEAD + cost * (-(-longest // L) - 1) * L + COPY * copied
             if time < least:

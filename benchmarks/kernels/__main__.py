@@ -5,7 +5,8 @@
 A floor is the time of a copy as large as what must be read and written once. Every work is checked
 against float64 before it is timed; times are those of a replayed CUDA graph. The file of results is
 written after each row, and names what is not measured yet: a run may be ended at any time. It is
-kernels-<card>.json, or kernels-<groups>-<card>.json where only some groups were asked for.
+kernels-<card>.json, or kernels-<groups>-<card>.json where only some groups were asked for. FLA tunes
+itself by trying dozens of kernels, before anything is measured.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ GROUPS: dict[str, Callable[[float, float], Iterator[Row]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--peer-seconds", type=float, default=240, help="for FLA, 0: leave it out")
+    parser.add_argument(
+        "--peer-seconds", type=float, default=240, help="for FLA to tune itself in, 0: without"
+    )
     parser.add_argument("--seconds", type=float, default=math.inf, help="after which none begins")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
     options = parser.parse_args()

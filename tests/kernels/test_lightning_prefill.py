@@ -1,13 +1,16 @@
 """Chunked lightning attention against the recurrence."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from kernels import segments
+from kernels import lightning_prefill as lightning_prefill_module
+from kernels import segments, tuning
 from kernels.lightning_decode import lightning_decode
 from kernels.lightning_prefill import lightning_prefill
 from kernels.lightning_reference import lightning_reference
-from kernels.tuning import PREFILL
+from kernels.tuning import PREFILL, RereadTuning, prefill_tuning
 from tests.kernels.cases import error, interleaved, pack, pool
 
 BOUND = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-3}
@@ -83,6 +86,18 @@ def test_middling_lengths_in_one_pass(device, going_on, monkeypatch):
     check(lengths, [going_on, 0, 1] * 3 if going_on else [0] * 9, **kinds)
     for n in (257, 1024):
         check([n], [going_on], **kinds)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="long for the interpreter")
+@triton_only
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_middling_lengths_by_stages(device, dtype, stages, monkeypatch):
+    usual = prefill_tuning(device, dtype.itemsize, 128)
+    tuned = replace(usual, reread=RereadTuning(stages, 1, 0.25))
+    monkeypatch.setattr(lightning_prefill_module, "prefill_tuning", lambda *_: tuned)
+    monkeypatch.setattr(segments, "choose", lambda *_: (256, True))
+    lengths, starts = [1, 63, 64, 65, 100, 257, 781, 1024, 1500], [9, 0, 1] * 3
+    check(lengths, starts, dk=128, dv=128, dtype=dtype, device=device, H=4)
 
 
 @triton_only
@@ -254,3 +269,15 @@ def drift(device, n):
 def test_a_length_of_zero_is_named():
     with pytest.raises(ValueError, match=r"sequence 1 .* length 0"):
         pack([3, 0], [0, 1], [0, 0])
+
+
+def test_middling_lengths_are_read_in_one_pass_where_that_was_measured(monkeypatch):
+    row = {"stages": 4, "resident": 1, "cost": 0.3}
+    monkeypatch.setattr(tuning, "measured", lambda card: {"prefill": {"2x128-short": row}})
+    prefill_tuning.cache_clear()
+    cpu = torch.device("cpu")
+    try:
+        assert prefill_tuning(cpu, 2, 128) == replace(PREFILL[2, 128], reread=RereadTuning(**row))
+        assert prefill_tuning(cpu, 4, 128).reread is None
+    finally:
+        prefill_tuning.cache_clear()
