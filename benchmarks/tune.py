@@ -57,6 +57,7 @@ SLOPES = (0.9, 0.03, 4.05e-8, 0.0)
 UGLY = (1, 63, 64, 100, 257, 781, 3000)
 LONG = 65_536
 MIDDLING = [(T, H) for H in (16, 8, 64) for T in (128, 256, 512, 1024, 2048, 4096)]
+PLENTY = 64  # programs that a processor is said to hold, so that sequences are cut
 R = 16
 
 
@@ -148,15 +149,16 @@ class Prefilling:
 
     def check(self, candidate: PrefillTuning) -> float:
         """Greatest error of outputs and states of all in a batch; the longest is cut."""
-        wrong, work = self.wrong(candidate, 0, len(UGLY))
+        wrong, work = self.wrong(replace(candidate, resident=PLENTY), 0, len(UGLY))
         if not work.segments:
             raise AssertionError(f"none of {UGLY} is cut")
         return wrong
 
     def check_reread(self, candidate: PrefillTuning) -> float:
-        """The same of long ones, each alone, by the candidate if a row read again cost nothing."""
+        """The same of long ones, each alone, as if a row that is read again cost nothing."""
         if candidate.reread:
-            candidate = replace(candidate, reread=replace(candidate.reread, cost=0.0))
+            free = replace(candidate.reread, resident=PLENTY, cost=0.0)
+            candidate = replace(candidate, reread=free)
         errors = []
         for i in (i for i, n in enumerate(UGLY) if n > 512):
             wrong, work = self.wrong(candidate, i, i + 1)
@@ -268,7 +270,7 @@ def tune_short(itemsize: int, dk: int, deadline: float) -> dict[str, Any] | None
         kinds = [(2, 2), (4, 1), (3, 1)]
     else:
         kinds = [(usual.outputs.stages, 1), (usual.outputs.stages, 2), (2, 1), (2, 2)]
-    ways = [RereadTuning(*kind, cost) for kind in kinds for cost in (0.15, 0.25, 0.4, 0.6)]
+    ways = [RereadTuning(*kind, cost) for kind in kinds for cost in (0.3, 0.2, 0.45, 0.65)]
     options = [usual, *(replace(usual, reread=way) for way in ways)]
     chosen = find(f"prefill {name}", options, trial.check_reread)
     return chosen.reread and asdict(chosen.reread)

@@ -5,8 +5,8 @@
 A floor is the time of a copy as large as what must be read and written once. Every work is checked
 against float64 before it is timed; times are those of a replayed CUDA graph. The file of results is
 written after each row, and names what is not measured yet: a run may be ended at any time. It is
-kernels-<card>.json, or kernels-<groups>-<card>.json where only some groups were asked for. FLA tunes
-itself by trying dozens of kernels, before anything is measured.
+kernels-<card>.json, or kernels-<groups>-<card>.json where only some groups were asked for.
+FLA tunes itself by trying dozens of kernels, before anything is measured.
 """
 
 from __future__ import annotations

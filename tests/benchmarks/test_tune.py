@@ -58,7 +58,6 @@ def test_each_class_is_written_when_it_is_found(
 def test_a_candidate_is_held_against_the_recurrence(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut and uncut, in the interpreter or on the card; a state that is not right is told."""
     monkeypatch.setattr(tune, "UGLY", (1, 63, 1000))
-    monkeypatch.setattr(lightning_prefill, "processors", lambda device: 132)
     torch.manual_seed(0)
     trial = tune.Prefilling(torch.float32, 16, 16)
     usual = prefill_tuning(tune.DEVICE, 4, 64)
