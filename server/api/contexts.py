@@ -70,7 +70,7 @@ async def create(request: Request, service: TheService) -> Response:
     record = Record(
         id="ctx_" + secrets.token_hex(12),
         key=state.key,
-        fingerprint=service.capacity.fingerprint,
+        identity=service.capacity.identity,
         owner=request.state.owner,
         kind="text" if messages is None else "messages",
         count=state.count,

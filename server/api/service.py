@@ -169,7 +169,7 @@ class Service:
 
     def _open_contexts(self) -> None:
         directory = self.settings.context_directory
-        self.contexts = Registry(directory, self.capacity.fingerprint)
+        self.contexts = Registry(directory, self.capacity.identity)
         self.scratch = Path(tempfile.mkdtemp(prefix="steadystate-"))
         self._closers.append(lambda: shutil.rmtree(self.scratch, ignore_errors=True))
 

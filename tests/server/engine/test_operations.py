@@ -76,7 +76,7 @@ class World:
     def record(self, id: str, state: State, tokens: list[int]) -> Record:
         assert state.count == len(tokens)
         return Record(
-            id=id, key=state.key, fingerprint="", owner=OWNER, kind="text", count=state.count,
+            id=id, key=state.key, identity="", owner=OWNER, kind="text", count=state.count,
             bytes=state.bytes, salt=state.salt, created=time.time(),
         )  # fmt: skip
 
@@ -202,7 +202,7 @@ class World:
         cache.check()
         holdings = self.bench.scheduler.holdings
         assert holdings.slots.held == holdings.blocks.held == cache.tiers.host_bytes == 0
-        assert not self.bench.runner.saved and not cache._tree.blocks and not cache._by_key
+        assert not self.bench.runner.saved and not cache.tree.blocks and not cache._by_key
         if self.directory is not None:
             files = list((self.directory / "states").iterdir())
             shelf = cache.disk.shelf

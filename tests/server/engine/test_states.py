@@ -247,7 +247,7 @@ def test_a_wrong_state_leaves_no_file(tmp_path: Path):
     bench.finish()
     assert cache.get(kept.key) is None
     assert not cache.disk.shelf.entries and not list((tmp_path / "states").iterdir())
-    assert not cache.disk._discarded and not cache.disk._writing
+    assert not cache.disk._savings and not cache.disk._writing
 
 
 def test_a_read_ends_with_its_own_last_step():
