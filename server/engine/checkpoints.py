@@ -11,7 +11,7 @@ from pathlib import Path
 
 from model.chunk import Capacity, Copy
 from server.engine.archive import State
-from server.engine.chain import Chain, root_of
+from server.engine.chain import BLOCK, Chain, root_of
 from server.engine.disk import Disk
 from server.engine.jobs import Jobs
 from server.engine.positions import LEAST, plan, spacing
@@ -112,6 +112,7 @@ class Checkpoints:
     def extend(self, request: Request, added: int) -> None:
         """So many more tokens of a prompt that has been admitted."""
         self.queried_tokens += added
+        self._explain(request)
         kept = request.wanted
         if not request.more:  # positions past an early end are none
             kept = [at for at in kept if at < request.prompt_length]
@@ -120,10 +121,9 @@ class Checkpoints:
     def admit(self, request: Request, found: Checkpoint | None) -> None:
         """Begin with a checkpoint, or with nothing, and decide what to keep on the way."""
         chain = chain_of(request)
-        walk, request.walk = request.walk, Walk()
-        length = request.prompt_length
-        parting = min(self.tree.parting(chain, walk), length - 1)
-        self._count(request, found, parting, walk)
+        parting = min(self.tree.parting(chain, request.walk), request.prompt_length - 1)
+        self._count(request, found)
+        request.walk = Walk()
         if found is not None:
             self.tiers.give(found, request)
             self.sweep()
@@ -136,6 +136,10 @@ class Checkpoints:
         ):
             wanted.append(parting)
         request.wanted = sorted(wanted)
+
+    def leave(self, request: Request) -> None:
+        """A request has ended, whatever its end."""
+        self._explain(request, ended=True)
 
     def take(self, request: Request) -> None:
         """Keep the state of a running request if it has come to a position that is wanted."""
@@ -249,29 +253,34 @@ class Checkpoints:
         self._by_key[checkpoint.key] = checkpoint
         checkpoint.block = self.tree.add(chain, checkpoint)
 
-    def _count(
-        self,
-        request: Request,
-        found: Checkpoint | None,
-        parting: int,
-        walk: Walk[Checkpoint],
-    ) -> None:
+    def _count(self, request: Request, found: Checkpoint | None) -> None:
         self.queries += 1
         self.queried_tokens += request.prompt_length
         if found is not None:
             self.hits += 1
             self.saved_tokens += found.position
-        elif request.prompt_length <= LEAST and not request.more:
-            self.misses["short"] += 1
-        elif any(
-            at <= request.most_cached and chain_of(request).key(at) == key
-            for at, key in request.refused
-        ):
-            self.misses["damaged"] += 1
-        elif self.tree.gone(chain_of(request), walk, request.most_cached):
-            self.misses["evicted"] += 1
         else:
-            self.misses["parted" if parting >= LEAST else "new"] += 1
+            parting = self.tree.parting(chain_of(request), request.walk)
+            request.missed = (parting, max(0, len(request.walk.path) - 1))
+            self._explain(request)
+
+    def _explain(self, request: Request, *, ended: bool = False) -> None:
+        """Say why a request has missed, once enough of its prompt is known to tell."""
+        if request.missed is None:
+            return
+        chain, most, (parting, index) = chain_of(request), request.most_cached, request.missed
+        if request.more and not ended and most < (index + 1) * BLOCK:
+            return
+        request.missed = None
+        if request.prompt_length <= LEAST:
+            reason = "short"
+        elif any(entry.awaits(chain) for entry in request.refused):
+            reason = "damaged"
+        elif self.tree.gone(chain, index, most):
+            reason = "evicted"
+        else:
+            reason = "parted" if min(parting, request.prompt_length - 1) >= LEAST else "new"
+        self.misses[reason] += 1
 
 
 def chain_of(request: Request) -> Chain:

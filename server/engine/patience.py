@@ -78,9 +78,9 @@ class Patience:
         for reader in readers:
             if reader.chain is None or len(reader.tokens) - best < LEAST:
                 continue
-            if request.more and reader.computed < reader.most_cached:
-                if leads(chain, reader.chain):
-                    return True
+            reads = request.more and reader.computed < reader.most_cached
+            if reads and leads(chain, reader.chain):
+                return True
             if reader.more and leads(reader.chain, chain):
                 return True
         return False
@@ -107,7 +107,7 @@ class Patience:
             if request.fetches == entry.key:
                 request.fetches = ""
             if trouble is not None:
-                request.refused.append((entry.position, entry.key))
+                request.refused.append(entry)
 
         disk.load(entry.key, then)
 

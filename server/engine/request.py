@@ -14,6 +14,7 @@ from server.engine.tree import Walk
 from server.protocol import Extend, Generate, Read, unpack_tokens
 
 if TYPE_CHECKING:
+    from server.engine.shelf import Entry
     from server.engine.tiers import Checkpoint
 
 READING = Sampling(temperature=0.0)  # nothing is drawn
@@ -55,14 +56,13 @@ class Request:
     wanted: list[int] = field(default_factory=list)  # positions to keep, in order
     kept: list[Checkpoint] = field(default_factory=list)  # made of its state
     walk: Walk[Checkpoint] = field(default_factory=Walk)  # how far it was looked up
-    outlook: tuple[tuple[int, ...], bool] | None = (
-        None  # whether more of it may lead on, as of then
-    )
+    outlook: tuple[tuple[int, ...], bool] | None = None  # whether more may lead on, and when
+    missed: tuple[int, int] | None = None  # where it left what is known: a miss to be explained
     waits: tuple[Request, int] | None = None  # for another to have kept a position
     fetches: str = ""  # the key of a state that is on its way from the disk
     tried: set[str] = field(default_factory=set)  # keys of those that it has waited for
     ahead: str = ""  # of one that was brought from the disk before it was certain to be needed
-    refused: list[tuple[int, str]] = field(default_factory=list)  # states that were not good
+    refused: list[Entry] = field(default_factory=list)  # states that were not good
 
     @property
     def most_cached(self) -> int:

@@ -311,6 +311,8 @@ class Scheduler:
         if done and request.reading and self.states is not None:
             self.states.keep(request, kept)
         self.holdings.release(request)
+        if self.checkpoints is not None:
+            self.checkpoints.leave(request)
 
     def _announce(self, work: Work) -> list[Output]:
         """News of those who took a slot but had no part in the step."""

@@ -47,6 +47,18 @@ class Entry:
     position: int
     bytes: int
 
+    def awaits(self, chain: Chain) -> bool:
+        """Whether a sequence comes to it, or may if it goes on; one whose way is another may seem
+        to, until it comes to a milestone."""
+        known = len(chain.tokens)
+        if known >= self.position:
+            return chain.key(self.position) == self.key
+        index = known // BLOCK
+        if self.position // BLOCK == index:
+            return chain.digest(index).hex() == self.block
+        number, at = milestone(index)
+        return self.trail[STONE * number : STONE * (number + 1)] == chain.digest(at)[:STONE]
+
 
 class Full(OSError):
     """The disk, or the budget of the shelf, has no room for a state."""
@@ -98,21 +110,10 @@ class Shelf:
 
     def beyond(self, chain: Chain, least: int) -> list[Entry]:
         """States to which a sequence may come that goes on, of at least so many tokens, which is no
-        less than it has.
-
-        One whose way is another may be among them, until the sequence comes to a milestone.
-        """
-        index = len(chain.tokens) // BLOCK
-        number, at = milestone(index)
-        stone, last = chain.digest(at)[:STONE], chain.digest(index).hex()
+        less than it has."""
         with self._books:
-            return [
-                entry
-                for entry in self.entries.values()
-                if entry.position >= least
-                and entry.trail[STONE * number : STONE * (number + 1)] == stone
-                and (entry.position >= (index + 1) * BLOCK or entry.block == last)
-            ]
+            entries = [entry for entry in self.entries.values() if entry.position >= least]
+        return [entry for entry in entries if entry.awaits(chain)]
 
     def save(
         self,

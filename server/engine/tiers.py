@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from model.chunk import Capacity, Copy, Image, Place
-from server.engine.tree import Block
 from server.engine.request import Request
 from server.engine.slots import Holdings
+from server.engine.tree import Block
 
 
 @dataclass(slots=True, eq=False)

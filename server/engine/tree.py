@@ -118,10 +118,8 @@ class Tree(Generic[L]):
                 return True
         return False
 
-    def gone(self, chain: Chain, walk: Walk[L], most: int) -> bool:
-        """Whether what follows the known blocks, up to a position, was known once."""
-        self._follow(chain, walk.path)
-        index = max(0, len(walk.path) - 1)
+    def gone(self, chain: Chain, index: int, most: int) -> bool:
+        """Whether what follows so many blocks, up to a position, was known once."""
         rest = chain.within(index, most)
         digest = chain.digest(index)
         if len(rest) == 4 * BLOCK and chain.digest(index + 1) in self._ghosts:

@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from server.engine.chain import BLOCK, Chain, common, leads, milestone, root_of, shared, trail
+from server.engine.chain import BLOCK, Chain, common, root_of, shared
 from server.engine.tree import Block, Tree, Walk
 
 ROOT = root_of("model", "")

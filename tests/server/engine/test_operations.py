@@ -60,18 +60,33 @@ class World:
     def run(self, message: Generate | Read) -> tuple[list[int], Output] | None:
         """Its tokens and last Output; None when it was cancelled on the way, as one in eight is."""
         bench, id = self.bench, message.id
-        bench.add(message)
+        if isinstance(message, Generate) and not message.base and self.rng.random() < 0.5:
+            self.send_in_pieces(message)
+        else:
+            bench.add(message)
         if self.rng.random() < 0.125:
             for _ in range(self.rng.randrange(4)):
                 bench.step()
             if bench.finish_of(id) is None:
                 bench.abort(id)
+                bench.rest.pop(id, None)
                 bench.finish()
                 assert bench.finish_of(id) == "abort"
                 return None
+        if id in bench.rest:
+            bench.extend(id, 0, more=False)
         bench.finish()
         tokens = bench.tokens(id)
         return tokens, bench.outputs.pop(id)[-1]
+
+    def send_in_pieces(self, message: Generate) -> None:
+        """All but the last piece of a prompt, some steps apart."""
+        length = len(message.tokens) // 4
+        self.bench.begin(message, self.rng.randrange(1, length + 1))
+        while self.rng.random() < 0.7:
+            for _ in range(self.rng.randrange(3)):
+                self.bench.step()
+            self.bench.extend(message.id, self.rng.randrange(length))
 
     def record(self, id: str, state: State, tokens: list[int]) -> Record:
         assert state.count == len(tokens)
