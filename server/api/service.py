@@ -176,8 +176,11 @@ class Service:
     async def _purge(self) -> None:
         """Take out contexts whose time has come."""
         while True:
-            for record in await asyncio.to_thread(self.contexts.purge):
-                self.client.pin(record.key, -1)
+            try:
+                for record in await asyncio.to_thread(self.contexts.purge):
+                    self.client.pin(record.key, -1)
+            except OSError as error:
+                log.error("cannot look for contexts whose time has come: %s", error)
             await asyncio.sleep(PURGE_SECONDS)
 
     def _fail(self, why: str) -> None:

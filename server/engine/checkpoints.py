@@ -122,7 +122,7 @@ class Checkpoints:
         """Begin with a checkpoint, or with nothing, and decide what to keep on the way."""
         chain = chain_of(request)
         parting = min(self.tree.parting(chain, request.walk), request.prompt_length - 1)
-        self._count(request, found)
+        self.count(request, found)
         request.walk = Walk()
         if found is not None:
             self.tiers.give(found, request)
@@ -136,6 +136,18 @@ class Checkpoints:
         ):
             wanted.append(parting)
         request.wanted = sorted(wanted)
+
+    def count(self, request: Request, found: Checkpoint | None) -> None:
+        """A request has been looked up for good."""
+        self.queries += 1
+        self.queried_tokens += request.prompt_length
+        if found is not None:
+            self.hits += 1
+            self.saved_tokens += found.position
+        else:
+            parting = self.tree.parting(chain_of(request), request.walk)
+            request.missed = (parting, max(0, len(request.walk.path) - 1))
+            self._explain(request)
 
     def leave(self, request: Request) -> None:
         """A request has ended, whatever its end."""
@@ -252,17 +264,6 @@ class Checkpoints:
     def _index(self, checkpoint: Checkpoint, chain: Chain) -> None:
         self._by_key[checkpoint.key] = checkpoint
         checkpoint.block = self.tree.add(chain, checkpoint)
-
-    def _count(self, request: Request, found: Checkpoint | None) -> None:
-        self.queries += 1
-        self.queried_tokens += request.prompt_length
-        if found is not None:
-            self.hits += 1
-            self.saved_tokens += found.position
-        else:
-            parting = self.tree.parting(chain_of(request), request.walk)
-            request.missed = (parting, max(0, len(request.walk.path) - 1))
-            self._explain(request)
 
     def _explain(self, request: Request, *, ended: bool = False) -> None:
         """Say why a request has missed, once enough of its prompt is known to tell."""

@@ -225,6 +225,8 @@ class Scheduler:
                     continue
                 if request.reading and found and found.position == request.prompt_length:
                     request.finish, request.cached = "stop", found.position
+                    assert self.checkpoints is not None
+                    self.checkpoints.count(request, found)
                     self._retire(request, found)
                     continue
             if not self.admission.fits(request, found):

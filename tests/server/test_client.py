@@ -18,7 +18,7 @@ import zmq
 from model.chunk import Sampling
 from server.api.client import EngineClient, EngineStream, merge
 from server.errors import EngineDeadError
-from server.protocol import Generate, Output, TokenLogprob, pack_tokens, unpack_tokens
+from server.protocol import Generate, Output, State, TokenLogprob, pack_tokens, unpack_tokens
 from server.settings import Settings
 from tests.server.fake_engine import next_token
 
@@ -107,6 +107,43 @@ def test_a_slow_consumer_misses_frames_but_no_token():
             assert outputs[0].finish == "length"
 
     within(20, test)
+
+
+def test_states_that_nobody_takes_are_let_go():
+    """A client leaves when its context was just made."""
+
+    class Client:
+        def __init__(self) -> None:
+            self.pins: list[tuple[str, int]] = []
+
+        def pin(self, key: str, change: int) -> None:
+            self.pins.append((key, change))
+
+        def forget(self, stream: EngineStream) -> None:
+            pass
+
+        def check_alive(self) -> None:
+            pass
+
+    def stream() -> tuple[Client, EngineStream]:
+        client = Client()
+        return client, EngineStream(client, "r", 1)  # type: ignore[arg-type]
+
+    made = Output(id="r", finish="stop", state=State(key="k", count=1, bytes=1, salt=""))
+    client, late = stream()
+    late.close()
+    assert client.pins == []
+    late.push(made)
+    assert client.pins == [("k", -1)]
+    client, untaken = stream()
+    untaken.push(made)
+    untaken.close()
+    assert client.pins == [("k", -1)]
+    client, taken = stream()
+    taken.push(made)
+    assert asyncio.run(anext(taken)) is made
+    taken.close()
+    assert client.pins == []
 
 
 def test_merging():

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import httpx
 import openai
 import pytest
 
+from server.api import contexts
+from server.api.registry import Record, Registry
+from server.errors import NotFoundError
 from tests.server.api.checkpoint import write_checkpoint
 from tests.server.api.live import Live, Process, in_thread
 
@@ -381,6 +388,39 @@ def test_there_is_not_always_room(checkpoint: Path, tmp_path: Path) -> None:
     with in_thread(checkpoint, prefix_caching=False) as live:
         off = live.http.post("/v1/contexts", json={"text": TEXT})
         assert off.status_code == 400 and "prefix_caching" in off.json()["error"]["message"]
+
+
+def test_an_upload_onto_a_full_disk(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make(live, text=TEXT)
+    data = live.http.get(f"/v1/contexts/{made['id']}/file").content
+
+    async def to_thread(work: Callable[..., object], *given: object, **named: object) -> object:
+        if getattr(work, "__name__", "") == "write":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return await asyncio.to_thread(work, *given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(contexts, "asyncio", SimpleNamespace(to_thread=to_thread))
+        full = live.http.post("/v1/contexts/import", content=data)
+    assert full.status_code == 507 and "No space left" in full.json()["error"]["message"]
+    assert full.json()["error"]["code"] == "storage_full"
+    assert live.http.post("/v1/contexts/import", content=data).status_code == 200
+    assert not list(live.service.scratch.iterdir())
+
+
+def test_contexts_of_servers_that_compute_otherwise_are_not_seen(tmp_path: Path) -> None:
+    (tmp_path / "contexts").mkdir()
+    (tmp_path / "states").mkdir()
+    (tmp_path / "states" / "k.safetensors").touch()
+    one, two = Registry(tmp_path, "float32"), Registry(tmp_path, "bfloat16")
+    record = Record(
+        id="ctx_1", key="k", identity="float32", owner="me", kind="text", count=1, bytes=1,
+        salt="", created=1.0,
+    )  # fmt: skip
+    one.put(record)
+    assert one.owned("me") == [record] and two.owned("me") == []
+    with pytest.raises(NotFoundError):
+        two.get("ctx_1", "me")
 
 
 def test_metrics_tell_of_the_cache(live: Live) -> None:

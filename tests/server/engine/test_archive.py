@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 from array import array
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from types import FrameType
@@ -263,6 +264,106 @@ def test_foreign_files_are_left_alone_or_put_away(tmp_path: Path) -> None:
     left = {path.name for path in (tmp_path / "states").iterdir()}
     assert left == {"foreign.safetensors", "tmp-1-b"}
     assert len(list((tmp_path / "quarantine").iterdir())) == 2
+
+
+OTHERS = [
+    replace(CAPACITY, fingerprint="e" * 64),
+    replace(CAPACITY, dtype="bfloat16"),
+    replace(CAPACITY, slot_layout=(Layout("state.0", "BF16", (2, 5, 7)), CAPACITY.slot_layout[1])),
+    replace(CAPACITY, slot_layout=CAPACITY.slot_layout[:1]),
+]
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_servers_that_compute_otherwise_leave_one_anothers_files_alone(
+    tmp_path: Path, other: Capacity
+) -> None:
+    ours = shelf(tmp_path)
+    assert save(ours) is None
+    [key] = ours.entries
+    theirs = Shelf(tmp_path, other, Jobs(), budget=1 << 30)
+    assert not theirs.entries
+    trouble = load(theirs, key)
+    assert isinstance(trouble, Trouble) and "left alone" in trouble.message
+    assert isinstance(load(ours, key), archive.State)
+    assert not list((tmp_path / "quarantine").iterdir())
+    # the same tokens have another name there
+    assert Chain(root_of(other.identity, SALT), chain(40).tokens).key(40) != key
+
+
+def test_a_good_file_that_came_meanwhile_is_not_put_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = shelf(tmp_path)
+    save(kept)
+    [key] = kept.entries
+
+    def too_late(path: Path, capacity: Capacity) -> archive.State:
+        write(path)  # as another server does
+        raise ArchiveError("its checksum is wrong")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(archive, "read", too_late)
+        assert isinstance(load(kept, key), Trouble)
+    assert kept.path(key).exists() and not list((tmp_path / "quarantine").iterdir())
+    assert list(shelf(tmp_path).entries) == [key]
+
+
+def test_what_cannot_be_made_to_last_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fails when the name is to be written; a file that had the name stays."""
+    kept = shelf(tmp_path)
+    save(kept)
+
+    def fail(_: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(archive, "sync", fail)
+    for seed in (0, 1):
+        trouble = save(kept, seed=seed)
+        assert trouble is not None and trouble.status == 507
+    assert [path.name[:64] for path in (tmp_path / "states").iterdir()] == list(kept.entries)
+    assert len(kept.entries) == 1 and kept.bytes == next(iter(kept.entries.values())).bytes
+
+
+def test_what_killed_writers_left_goes_when_it_is_old(tmp_path: Path) -> None:
+    shelf(tmp_path)
+    for name in ("states", "contexts"):
+        for age in ("old", "new"):
+            path = tmp_path / name / f"{archive.TEMPORARY}{age}"
+            path.write_bytes(b"x")
+            if age == "old":
+                os.utime(path, (1, 1))
+    shelf(tmp_path)
+    for name in ("states", "contexts"):
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["tmp-new"]
+
+
+def test_the_budget_holds_whatever_is_written_at_once(tmp_path: Path) -> None:
+    kept = shelf(tmp_path)
+    save(kept)
+    size = kept.bytes
+    assert size == kept.path(chain(40).key(40)).stat().st_size
+    kept = shelf(tmp_path, budget=5 * size)
+    sizes, told = [], []
+    for seed in range(60):
+        kept.save(chain(40, seed), 40, image(seed), SALT, told.append)
+        kept.jobs.done()
+        sizes.append(kept.bytes)
+    kept.jobs.wait()
+    assert told == [None] * 60 and max(sizes) <= kept.budget
+    assert kept.bytes == 5 * size == sum(p.stat().st_size for p in (tmp_path / "states").iterdir())
+
+
+def test_a_file_that_another_server_gave_up_is_missed(tmp_path: Path) -> None:
+    kept = shelf(tmp_path)
+    save(kept)
+    [key] = kept.entries
+    assert key in kept
+    kept.path(key).unlink()
+    assert key not in kept and kept.bytes == 0 and not kept.entries
+    assert kept.find(chain(40), 40, 1) is None
 
 
 def test_the_least_recently_used_go_first_and_contexts_never(tmp_path: Path) -> None:
