@@ -243,6 +243,7 @@ def test_what_another_server_gave_up_is_saved_again(tmp_path: Path):
     bench.scheduler.checkpoints.tiers.host_budget = 0
     bench.scheduler.checkpoints.evict()
     bench.scheduler.checkpoints.tiers.trim()
+    bench.scheduler.checkpoints.sweep()
     bench.finish()
     assert path.exists() and list(shelf.entries) == [path.name[:64]]
 
