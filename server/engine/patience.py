@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from server.engine.catalogue import Entry
 from server.engine.chain import leads, shared
 from server.engine.checkpoints import Checkpoints, chain_of
 from server.engine.positions import LEAST
 from server.engine.request import Request
-from server.engine.shelf import Entry
 from server.engine.tiers import Checkpoint
 from server.protocol import Trouble
 
@@ -40,18 +40,18 @@ class Patience:
         """Whether more of its prompt may lead to a state that it does not come to yet."""
         if not request.more:
             return False
-        tree, disk, known = self.checkpoints.tree, self.checkpoints.disk, len(request.tokens)
-        asked = (known, tree.changes, 0 if disk is None else disk.shelf.changes)
-        if request.outlook is None or request.outlook[0] != asked:
-            chain = chain_of(request)
-            on = tree.goes_on(chain, request.walk, max(LEAST, known))
-            if not on and disk is not None:
-                least = LEAST + (0 if found is None else found.position)
-                entries = disk.shelf.beyond(chain, max(known, least))
-                on = bool(entries)
-                self._bring(request, entries)
-            request.outlook = (asked, on)
-        return request.outlook[1]
+        chain, known = chain_of(request), len(request.tokens)
+        if self.checkpoints.tree.goes_on(chain, request.walk, max(LEAST, known)):
+            return True
+        disk = self.checkpoints.disk
+        if disk is None:
+            return False
+        before = request.outlook
+        request.outlook = look = disk.shelf.look(chain, before)
+        least = LEAST + (0 if found is None else found.position)
+        if look is not before:
+            self._bring(request, [entry for entry in look.entries if entry.position >= least])
+        return any(entry.position >= least for entry in look.entries)
 
     def _bring(self, request: Request, entries: list[Entry]) -> None:
         """Load one of the states that it may come to, while the rest of its prompt is still text:

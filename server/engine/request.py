@@ -14,7 +14,7 @@ from server.engine.tree import Walk
 from server.protocol import Extend, Generate, Read, unpack_tokens
 
 if TYPE_CHECKING:
-    from server.engine.shelf import Entry
+    from server.engine.catalogue import Entry, Outlook
     from server.engine.tiers import Checkpoint
 
 READING = Sampling(temperature=0.0)  # nothing is drawn
@@ -56,7 +56,7 @@ class Request:
     wanted: list[int] = field(default_factory=list)  # positions to keep, in order
     kept: list[Checkpoint] = field(default_factory=list)  # made of its state
     walk: Walk[Checkpoint] = field(default_factory=Walk)  # how far it was looked up
-    outlook: tuple[tuple[int, ...], bool] | None = None  # whether more may lead on, and when
+    outlook: Outlook | None = None  # what more of it may lead to on the disk
     missed: tuple[int, int] | None = None  # where it left what is known: a miss to be explained
     waits: tuple[Request, int] | None = None  # for another to have kept a position
     fetches: str = ""  # the key of a state that is on its way from the disk

@@ -17,17 +17,16 @@ import fcntl
 import logging
 import os
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 
 from model.chunk import Capacity, Image
 from server.engine import archive
 from server.engine.archive import ArchiveError, ForeignError, State
-from server.engine.chain import BLOCK, STONE, Chain, milestone
+from server.engine.catalogue import Catalogue, Entry
+from server.engine.chain import Chain
 from server.engine.jobs import Jobs
 from server.protocol import Trouble
 
@@ -37,51 +36,24 @@ SUFFIX = ".safetensors"
 STALE_SECONDS = 3600.0  # a temporary file so old has no writer any more
 
 
-@dataclass(slots=True, eq=False)
-class Entry:
-    """A file on the shelf: how many tokens its state has folded, and how large it is."""
-
-    key: str
-    block: str  # digest of the last whole block before its position
-    trail: bytes  # what its milestones show
-    position: int
-    bytes: int
-
-    def awaits(self, chain: Chain) -> bool:
-        """Whether a sequence comes to it, or may if it goes on; one whose way is another may seem
-        to, until it comes to a milestone."""
-        known = len(chain.tokens)
-        if known >= self.position:
-            return chain.key(self.position) == self.key
-        index = known // BLOCK
-        if self.position // BLOCK == index:
-            return chain.digest(index).hex() == self.block
-        number, at = milestone(index)
-        return self.trail[STONE * number : STONE * (number + 1)] == chain.digest(at)[:STONE]
-
-
 class Full(OSError):
     """The disk, or the budget of the shelf, has no room for a state."""
 
 
-class Shelf:
+class Shelf(Catalogue):
     """States of this model in a directory, least recently used first, within a budget in bytes.
 
     save(), load() and adopt() work in threads; what has come of them is told by jobs.done().
     """
 
     def __init__(self, directory: Path, capacity: Capacity, jobs: Jobs, *, budget: int) -> None:
+        super().__init__()
         self.directory = directory
         self.capacity = capacity
         self.jobs = jobs
         self.budget = budget
-        self.entries: dict[str, Entry] = {}
-        self.bytes = 0  # of entries, and of files that are being written
-        self.changes = 0
         self.save_seconds: list[float] = []
         self.load_seconds: list[float] = []
-        self._blocks: dict[str, set[str]] = {}  # keys by the block that they follow
-        self._books = threading.RLock()
         for name in ("states", "contexts", "quarantine"):
             (directory / name).mkdir(parents=True, exist_ok=True)
         self._tidy()
@@ -89,31 +61,12 @@ class Shelf:
 
     def __contains__(self, key: str) -> bool:
         if key in self.entries and not self.path(key).exists():
-            self._leave(key)  # another server has given it up
+            self.leave(key)  # another server has given it up
         return key in self.entries
 
     def path(self, key: str) -> Path:
         """Where a state lies."""
         return self.directory / "states" / (key + SUFFIX)
-
-    def find(self, chain: Chain, most: int, least: int) -> Entry | None:
-        """The farthest state on the way of a sequence between two positions."""
-        if not self.entries:
-            return None
-        for index in range(most // BLOCK, least // BLOCK - 1, -1):
-            keys = tuple(self._blocks.get(chain.digest(index).hex(), ()))  # threads take some away
-            entries = [entry for key in keys if (entry := self.entries.get(key)) is not None]
-            for entry in sorted(entries, key=lambda entry: -entry.position):
-                if least <= entry.position <= most and chain.key(entry.position) == entry.key:
-                    return entry
-        return None
-
-    def beyond(self, chain: Chain, least: int) -> list[Entry]:
-        """States to which a sequence may come that goes on, of at least so many tokens, which is no
-        less than it has."""
-        with self._books:
-            entries = [entry for entry in self.entries.values() if entry.position >= least]
-        return [entry for entry in entries if entry.awaits(chain)]
 
     def save(
         self,
@@ -164,12 +117,12 @@ class Shelf:
                 self.load_seconds.append(time.monotonic() - begin)
                 self.touch(key)
             except ForeignError as error:
-                self._leave(key)
+                self.leave(key)
                 then(Trouble(410, f"its file is of another server, and was left alone: {error}"))
             except ArchiveError as error:
                 then(Trouble(410, f"its file is damaged, and was put away: {error}"))
             except OSError as error:
-                self._leave(key)
+                self.leave(key)
                 then(Trouble(410, f"its file cannot be read: {error.strerror or error}"))
             else:
                 then(state)
@@ -199,14 +152,8 @@ class Shelf:
 
     def drop(self, key: str) -> None:
         """Give up a file."""
-        self._leave(key)
+        self.leave(key)
         self.path(key).unlink(missing_ok=True)
-
-    def touch(self, key: str) -> None:
-        """Make it the most recently used."""
-        with self._books:
-            if (entry := self.entries.pop(key, None)) is not None:
-                self.entries[key] = entry
 
     def _write(self, chain: Chain, position: int, image: Image, salt: str) -> None:
         capacity, key = self.capacity, chain.key(position)
@@ -223,7 +170,7 @@ class Shelf:
             with self._books:
                 self.bytes -= size
                 if written:
-                    self._enter(_entry(metadata, position, size))
+                    self.enter(_entry(metadata, position, size))
 
     def _make_room(self, size: int) -> None:
         """Give up files that no context names until so many bytes fit, and count them as taken.
@@ -247,29 +194,11 @@ class Shelf:
                     self.drop(key)
             self.bytes += size
 
-    def _enter(self, entry: Entry) -> None:
-        with self._books:
-            self._leave(entry.key)
-            self.entries[entry.key] = entry
-            self._blocks.setdefault(entry.block, set()).add(entry.key)
-            self.bytes += entry.bytes
-            self.changes += 1
-
-    def _leave(self, key: str) -> None:
-        with self._books:
-            entry = self.entries.pop(key, None)
-            if entry is not None:
-                self.changes += 1
-                self.bytes -= entry.bytes
-                self._blocks[entry.block].remove(key)
-                if not self._blocks[entry.block]:
-                    del self._blocks[entry.block]
-
     def _refuse(self, path: Path, found: os.stat_result, error: Exception) -> None:
         """Put a file away where it is never looked at again, and say so; not one that another
         server has put in its place meanwhile."""
         aside = self.directory / "quarantine" / f"{path.name}.{secrets.token_hex(4)}"
-        self._leave(path.name.removesuffix(SUFFIX))
+        self.leave(path.name.removesuffix(SUFFIX))
         with locked(self.directory):
             try:
                 now = path.stat()
@@ -306,7 +235,7 @@ class Shelf:
             except OSError as error:
                 log.error("cannot read %s: %s", path, error)
         for _, entry in sorted(found, key=lambda pair: pair[0]):
-            self._enter(entry)
+            self.enter(entry)
 
     def _tidy(self) -> None:
         """Remove what writers have left that were killed."""

@@ -386,15 +386,19 @@ def test_milestones_tell_where_a_long_sequence_leads(tmp_path: Path) -> None:
     [entry] = [e for e in shelf.entries.values() if e.position == 48_000]
     root = bench.scheduler.checkpoints.chain(bench.scheduler.checkpoints.get(entry.key)).digest(0)
     for known in (1, 255, 256, 300, 32_000, 40_000, 47_999, 48_000):
-        assert entry in shelf.beyond(Chain(root, tokens[:known]), known), known
-    assert not shelf.beyond(Chain(root, tokens), 48_001)
+        assert entry in shelf.look(Chain(root, tokens[:known])).entries, known
+    assert not shelf.look(Chain(root, tokens + tokens[:1])).entries
+    seen = None
+    for known in range(100, 48_000, 700):  # what is seen at a glance is what was seen before
+        seen = shelf.look(Chain(root, tokens[:known]), seen)
+        assert seen.entries == shelf.look(Chain(root, tokens[:known])).entries
     for part in (0, 300, 20_000, 33_000, 40_100, 47_000):
         other = tokens[:part] + array("i", [96 - t for t in tokens[part:]])
         step = BLOCK if part < 128 * BLOCK else 2 * BLOCK
         sure = (part // step + 1) * step
-        assert not shelf.beyond(Chain(root, other[:sure]), sure), part
+        assert not shelf.look(Chain(root, other[:sure])).entries, part
         if part // step * step:
-            assert entry in shelf.beyond(Chain(root, other[: sure - 1]), sure - 1), part
+            assert entry in shelf.look(Chain(root, other[: sure - 1])).entries, part
 
 
 def test_what_the_bench_cuts_is_whole() -> None:
