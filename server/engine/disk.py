@@ -58,11 +58,6 @@ class Disk:
         self._loads: dict[str, list[Then]] = {}
         tiers.spill = self.spill
 
-    @property
-    def waiting(self) -> bool:
-        """Whether images will be filled by the next copies."""
-        return bool(self._savings)
-
     def loading(self, key: str) -> bool:
         """Whether a state is on its way."""
         return key in self._loads
