@@ -34,6 +34,7 @@ class Saving:
     salt: str
     image: Image
     told: list[Then]  # who asked for it
+    filled: bool = False
     wrong: bool = False  # the state has turned out to be, and no file of it may stay
 
     def tell(self, trouble: Trouble | None) -> None:
@@ -116,8 +117,14 @@ class Disk:
 
     def copied(self) -> None:
         """The copies were carried out: what they have filled can be written."""
+        for saving in self._savings.values():
+            saving.filled = True
+        self._write_filled()
+
+    def _write_filled(self) -> None:
+        """Begin to write what can be, one file of a name at a time."""
         for key, saving in list(self._savings.items()):
-            if saving.image.tensors and key not in self._writing:
+            if saving.filled and key not in self._writing:
                 del self._savings[key]
                 self._write(key, saving)
 
@@ -130,7 +137,7 @@ class Disk:
                 self.shelf.drop(key)
                 trouble = trouble or WRONG
             saving.tell(trouble)
-            self.copied()  # the same state made anew, if it has waited
+            self._write_filled()  # the same state made anew, if it has waited
 
         self.shelf.save(saving.chain, saving.position, saving.image, saving.salt, then)
 
