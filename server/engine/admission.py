@@ -1,29 +1,47 @@
-"""Who may come in next: is there a slot, are there blocks, is what it begins with at hand."""
+"""Who may come in next: is there a slot, are there blocks, who must leave for it, is what it
+begins with at hand."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from server.engine.checkpoints import Checkpoints
+from server.engine.queue import Queue
 from server.engine.request import Request
 from server.engine.slots import Holdings
 from server.engine.tiers import Checkpoint
 
 
 class Admission:
-    """Answers for the scheduler, whose queues it looks at. Checkpoints make room for requests."""
+    """Answers for the scheduler, whose queues it looks at. Checkpoints make room for requests,
+    and so do requests for more urgent ones, as long as the host has room for their states."""
 
     def __init__(
-        self, holdings: Holdings, checkpoints: Checkpoints | None, running: Mapping[str, Request]
+        self,
+        holdings: Holdings,
+        checkpoints: Checkpoints | None,
+        running: Queue,
+        swapped: Queue,
+        *,
+        swap_bytes: int,
     ) -> None:
         self.holdings = holdings
         self.checkpoints = checkpoints
         self.running = running
+        self.swapped = swapped
+        self.swap_bytes = swap_bytes
 
-    def slot(self) -> bool:
-        """Whether a slot is free, or becomes free of a checkpoint."""
-        return self.holdings.slots.free > 0 or (
-            self.checkpoints is not None and bool(self.checkpoints.tiers.device)
+    @property
+    def swapped_bytes(self) -> int:
+        """What the states of preempted requests take on the host."""
+        return sum(self._saved_bytes(request) for request in self.swapped.order)
+
+    def slot(self, request: Request) -> bool:
+        """Whether a slot is free, or may become free of a checkpoint or a less urgent request."""
+        return (
+            self.holdings.slots.free > 0
+            or (self.checkpoints is not None and bool(self.checkpoints.tiers.device))
+            or (bool(self.running) and self.running.order[-1].rank[0] > request.rank[0])
         )
 
     def waits(self, request: Request) -> bool:
@@ -52,17 +70,47 @@ class Admission:
 
     def fits(self, request: Request, found: Checkpoint | None) -> bool:
         """Whether there is a slot and blocks for all of it, once checkpoints have made room."""
-        need = self.holdings.lacking(request)
-        if self.holdings.block_size:
-            need += sum(self.holdings.lacking(other) for other in self.running.values())
+        need = self._need(request, found)
         if self.checkpoints is not None:
-            need -= self.checkpoints.tiers.shared(found)
             self.checkpoints.tiers.spared = found
         while not self.holdings.slots.free or self.holdings.blocks.free < need:
             if not self.evict():
                 return False
         return True
 
+    def leaving(self, request: Request, found: Checkpoint | None) -> list[Request]:
+        """Who must leave so that one fits for whom checkpoints could not make room: of those that
+        are less urgent the least urgent, youngest first. Empty: it does not fit even so."""
+        leaving: list[Request] = []
+        slots, blocks = self.holdings.slots, self.holdings.blocks
+        need, free = self._need(request, found), blocks.free
+        owners: set[str] = set()
+        room = self.swap_bytes - self.swapped_bytes
+        for other in reversed(self.running.order):
+            if other.rank[0] <= request.rank[0]:
+                break
+            size = self._saved_bytes(other)
+            if size > room:
+                continue
+            room -= size
+            leaving.append(other)
+            owners.add(other.id)
+            need -= self.holdings.lacking(other)
+            free += blocks.freed(other.blocks, owners)
+            if slots.free + len(leaving) and free >= need:
+                return leaving
+        return []
+
     def evict(self) -> bool:
         """Clear the device of one checkpoint; False: there is none."""
         return self.checkpoints is not None and self.checkpoints.evict()
+
+    def _need(self, request: Request, found: Checkpoint | None) -> int:
+        """Blocks that it takes, and that those who run may still take beside it."""
+        need = self.holdings.lacking(request)
+        if self.holdings.block_size:
+            need += sum(self.holdings.lacking(other) for other in self.running.order)
+        return need - (self.checkpoints.tiers.shared(found) if self.checkpoints else 0)
+
+    def _saved_bytes(self, request: Request) -> int:
+        return self.holdings.bytes_for(request.computed) if request.computed else 0
