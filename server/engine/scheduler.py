@@ -236,13 +236,15 @@ class Scheduler:
 
         One is let in only when its known tokens fit beside those of all who run, so that nobody
         comes in to be preempted at once; checkpoints make room, then less urgent requests. Into an
-        empty engine anyone fits. Who waits for a checkpoint of another is passed by.
+        empty engine anyone fits. Who waits for a checkpoint of another is passed by. What is left
+        of the room of those who leave is theirs, not that of others who are no more urgent.
         """
-        admitted = []
+        admitted: list[Request] = []
+        left: list[Request] = []
         self._take_back_urgency()
         readers = (*self.running.order, *self.swapped.order)
         for request in self._candidates():
-            if not self.admission.slot(request):
+            if not self.admission.slot(request) or any(r.rank[0] <= request.rank[0] for r in left):
                 break
             found = None
             if request.id in self.waiting:
@@ -262,6 +264,7 @@ class Scheduler:
                     break
                 for other in leaving:
                     self._preempt(other, "priority")
+                left += leaving
                 if not leaving:
                     # it takes all there is on the device, what its own checkpoint holds as well
                     assert self.admission.fits(request, None), "an empty engine has room for anyone"

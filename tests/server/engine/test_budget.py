@@ -222,25 +222,33 @@ def test_the_scheduler_packs_what_the_budget_gives():
     assert bench.result("chat") == alone(message)
 
 
-def test_the_loop_times_steps_from_one_to_the_next():
-    """A step takes 1 s and 10 ms a token, publishing 3 s; what it waits for is no step's time."""
-    post, learned = Post(), []
-    now = 100.0
+class TimedRunner(FakeRunner):
+    """A step takes 4 s and 10 ms a token, one after the other."""
 
-    class Runner(FakeRunner):
-        def step(self, chunks):
-            nonlocal now
-            now += 1 + 0.01 * sum(len(chunk.tokens) for chunk in chunks)
-            return super().step(chunks)
+    now = 100.0
+    free = 0.0
+
+    def launch(self, chunks):
+        self.free = max(self.free, self.now) + 4 + 0.01 * sum(len(c.tokens) for c in chunks)
+        return super().launch(chunks), self.free
+
+    def collect(self, launched):
+        self.now = max(self.now, launched[1])
+        return super().collect(launched[0])
+
+
+@pytest.mark.parametrize(("overlaps", "between"), [(False, 7.01), (True, 4.01)])
+def test_the_loop_times_steps_from_one_to_the_next(overlaps: bool, between: float):
+    """Publishing and scheduling take 3 s; a wait for messages is no step's time."""
+    post, learned = Post(), []
+    runner = TimedRunner(capacity=capacity(), max_step_tokens=64, overlaps=overlaps)
 
     def receive(timeout: float) -> list[bytes]:
-        nonlocal now
-        now += 50 if timeout else 3
+        runner.now += 50 if timeout else 3
         return Post.receive(post, timeout)
 
     post.receive = receive
-    runner = Runner(capacity=capacity(), max_step_tokens=64)
-    loop = Loop(runner, post, clock=lambda: now, target_seconds=TARGET)
+    loop = Loop(runner, post, clock=lambda: runner.now, target_seconds=TARGET)
     loop.scheduler.budget.learn = lambda *step: learned.append(step)
     for prompt in (10, 20):
         post.put(generate(f"{prompt}", prompt, 3))
@@ -248,5 +256,6 @@ def test_the_loop_times_steps_from_one_to_the_next():
             loop.turn(0.5)
     rounded = [(tokens, rows, round(seconds, 6)) for tokens, rows, seconds in learned]
     assert rounded == [
-        (10, 0, 1.1), (0, 1, 4.01), (0, 1, 4.01), (20, 0, 1.2), (0, 1, 4.01), (0, 1, 4.01),
+        (10, 0, 4.1), (0, 1, between), (0, 1, between),
+        (20, 0, 4.2), (0, 1, between), (0, 1, between),
     ]  # fmt: skip

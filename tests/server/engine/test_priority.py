@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from server.engine.queue import Queue
 from server.engine.request import Request, accept
+from server.engine.scheduler import Scheduler
 from server.engine.work import Work
 from server.protocol import Generate
 from tests.server.engine.bench import Bench, alone, capacity, counts, generate
@@ -118,6 +119,19 @@ def test_more_urgent_ones_come_in_before_the_preempted():
     assert bench.scheduler.preemptions["priority"] == 1
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_whenever_it_is_driven_out_it_goes_on_as_if_it_were_not(overlap: bool):
+    for steps in range(1, 14):
+        bench = Bench(slots=1, max_step_tokens=10, overlap=overlap)
+        low, high = generate("low", 35, 9, priority=1), generate("high", 12, 4)
+        bench.add(low)
+        for _ in range(steps):
+            bench.step()
+        bench.add(high)
+        check(bench, low, high)
+        assert bench.scheduler.preemptions["priority"] == (steps < 12 + overlap)
+
+
 def test_one_that_reads_its_prompt_goes_on_where_it_was():
     bench = Bench(slots=1, max_step_tokens=10)
     low, high = generate("low", 35, 4, priority=1), generate("high", 12, 2)
@@ -160,6 +174,16 @@ def test_nobody_leaves_for_one_who_does_not_fit_even_so():
     assert not bench.scheduler.swapped and "high" in bench.scheduler.waiting
     check(bench, old, low, high)
     assert not bench.scheduler.preemptions["priority"]
+
+
+def test_the_room_of_one_who_left_is_not_for_those_behind_it():
+    bench = Bench(slots=4, blocks=10, block_size=4)
+    low = generate("low", 24, 4, priority=1)  # 7 blocks
+    start(bench, low)
+    behind, high = generate("behind", 14, 3, priority=1), generate("high", 14, 3)
+    assert counts(start(bench, behind, high)) == {"high": 14}
+    assert list(bench.scheduler.swapped) == ["low"]
+    check(bench, low, behind, high)
 
 
 def test_when_blocks_run_out_the_least_urgent_leaves_however_old():
@@ -290,10 +314,14 @@ class Ranks(RuleBasedStateMachine):
         blocks=st.sampled_from([0, 0, 9, 14]),
         budget=st.sampled_from([1, 3, 16, 64]),
         room=st.sampled_from([0, 16, 1 << 30]),
+        overlap=st.booleans(),
     )
-    def start(self, slots: int, blocks: int, budget: int, room: int) -> None:
+    def start(self, slots: int, blocks: int, budget: int, room: int, overlap: bool) -> None:
         sizes = {"blocks": blocks, "block_size": 4, "block_bytes": 4} if blocks else {}
-        self.bench = Bench(slots=slots, max_step_tokens=budget, swap_bytes=room, **sizes)
+        self.bench = Bench(
+            slots=slots, max_step_tokens=budget, swap_bytes=room, overlap=overlap, **sizes
+        )
+        self.bench.scheduler.schedule = self.schedule
         self.max_length = self.bench.scheduler.max_length
         self.room = room
         self.sent: dict[str, Generate] = {}
@@ -319,51 +347,47 @@ class Ranks(RuleBasedStateMachine):
 
     @rule(times=st.integers(1, 4))
     def step(self, times: int) -> None:
-        scheduler = self.bench.scheduler
         for _ in range(times):
-            ran = dict(scheduler.running)
-            swapped = dict(scheduler.swapped)
-            preempted = scheduler.preemptions.copy()
-            bytes_before = scheduler.stats().swapped_bytes
-            work = self.bench.step()
-            left = [r for id, r in scheduler.swapped.items() if id not in swapped]
-            entered = [*work.admitted]
-            entered += [request for id, request in swapped.items() if id not in scheduler.swapped]
-            for_blocks = scheduler.preemptions["blocks"] - preempted["blocks"]
-            for_others = scheduler.preemptions["priority"] - preempted["priority"]
-            self.in_order()
-            # who left was running; nobody came in and left at once
-            assert all(request.id in ran for request in left)
-            assert len(left) == for_blocks + for_others
-            # nobody leaves but for one that is served before
-            if for_others:
-                assert entered
-                assert scheduler.stats().swapped_bytes <= max(self.room, bytes_before) or for_blocks
-            if left and not for_blocks:
-                urgent = [request.priority for request in entered]
-                assert all(request.priority > min(urgent) for request in left)
-                if not scheduler.holdings.block_size:
-                    assert scheduler.holdings.slots.total <= len(ran) - len(left) + len(entered)
-            # nobody comes in before one that is served before
-            stayed = [*scheduler.waiting.order, *scheduler.swapped.order]
-            for request in entered:
-                for other in stayed:
-                    if other in left:
-                        assert request.rank < other.rank
-                    else:
-                        places = (
-                            (one.priority, one.id not in swapped, one.rank[1])
-                            for one in (request, other)
-                        )
-                        assert next(places) < next(places)
-            # a slot is idle only where blocks are scarce; and while the host has room the most
-            # urgent have the slots
-            if stayed and not scheduler.holdings.block_size:
-                ended = [request for request in work.requests if request.finish is not None]
-                assert scheduler.holdings.slots.free == len(ended)
-                if self.room > 16:
-                    most = min(request.priority for request in stayed)
-                    assert all(request.priority <= most for request in work.requests)
+            self.bench.step()
+
+    def schedule(self, now: float) -> Work:
+        """What the scheduler does, watched."""
+        scheduler = self.bench.scheduler
+        ran, swapped = dict(scheduler.running), dict(scheduler.swapped)
+        preempted, bytes_before = scheduler.preemptions.copy(), scheduler.stats().swapped_bytes
+        work = Scheduler.schedule(scheduler, now)
+        self.in_order()
+        left = [request for id, request in scheduler.swapped.items() if id not in swapped]
+        entered = [request for id, request in scheduler.running.items() if id not in ran]
+        stayed = [*scheduler.waiting.order, *scheduler.swapped.order]
+        for_blocks = scheduler.preemptions["blocks"] - preempted["blocks"]
+        for_others = scheduler.preemptions["priority"] - preempted["priority"]
+        # who left was running; nobody came in and left at once
+        assert all(request.id in ran for request in left)
+        assert len(left) == for_blocks + for_others
+        # nobody leaves but for more urgent ones, as many as it takes, while the host has room
+        if for_others and not for_blocks:
+            assert all(request.priority > entered[0].priority for request in left)
+            assert scheduler.stats().swapped_bytes <= max(self.room, bytes_before)
+            if not scheduler.holdings.block_size:
+                assert scheduler.holdings.slots.free == 0
+        # nobody comes in before one that is served before
+        for request in entered:
+            for other in stayed:
+                if other in left:
+                    assert request.rank < other.rank
+                else:
+                    assert self.place(request, swapped) < self.place(other, swapped)
+        # a slot is idle only where blocks are scarce, and the most urgent have the slots
+        if stayed and not scheduler.holdings.block_size:
+            assert scheduler.holdings.slots.free == 0
+            if self.room > 16:
+                first = min(request.priority for request in stayed)
+                assert all(request.priority <= first for request in scheduler.running.order)
+        return work
+
+    def place(self, request: Request, swapped: dict[str, Request]) -> tuple[int, bool, int]:
+        return request.priority, request.id not in swapped, request.rank[1]
 
     def in_order(self) -> None:
         scheduler = self.bench.scheduler
