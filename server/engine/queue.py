@@ -30,6 +30,9 @@ class Queue(MutableMapping[str, Request]):
         request = self._by_id.pop(id)
         del self.order[bisect_left(self.order, request.rank, key=RANK)]
 
+    def __contains__(self, id: object) -> bool:
+        return id in self._by_id
+
     def __iter__(self) -> Iterator[str]:
         return (request.id for request in self.order)
 
