@@ -3,7 +3,8 @@ begins with at hand."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from heapq import merge
 
 from server.engine.checkpoints import Checkpoints
 from server.engine.queue import Queue
@@ -20,21 +21,30 @@ class Admission:
         self,
         holdings: Holdings,
         checkpoints: Checkpoints | None,
+        *,
+        waiting: Queue,
         running: Queue,
         swapped: Queue,
-        *,
         swap_bytes: int,
     ) -> None:
         self.holdings = holdings
         self.checkpoints = checkpoints
+        self.waiting = waiting
         self.running = running
         self.swapped = swapped
         self.swap_bytes = swap_bytes
+        self._lent = False  # whether anyone has the urgency of another
 
     @property
     def swapped_bytes(self) -> int:
         """What the states of preempted requests take on the host."""
         return sum(self._saved_bytes(request) for request in self.swapped.order)
+
+    def candidates(self) -> Iterator[Request]:
+        """Who would come in, in order: the more urgent, then the preempted, then the older."""
+        self._take_back()
+        lines = (self.swapped.order.copy(), self.waiting.order.copy())
+        return merge(*lines, key=lambda request: request.rank[0])  # of equals the first line's
 
     def slot(self, request: Request) -> bool:
         """Whether a slot is free, or may become free of a checkpoint or a less urgent request."""
@@ -58,7 +68,7 @@ class Admission:
 
     def defer(self, request: Request, found: Checkpoint | None, readers: Iterable[Request]) -> bool:
         """Let a request wait when what it begins with lies on the disk, or is being read, or when
-        more of its prompt may tell of more to begin with."""
+        more of its prompt may tell of more to begin with. Who reads it is as urgent meanwhile."""
         if self.checkpoints is None:
             return False
         if request.more and self.checkpoints.may_lead_on(request, readers):
@@ -66,6 +76,7 @@ class Admission:
         if self.checkpoints.fetch(request, found):
             return True
         request.waits = self.checkpoints.twin(request, found, readers)
+        self._lend(request)
         return request.waits is not None
 
     def fits(self, request: Request, found: Checkpoint | None) -> bool:
@@ -104,6 +115,28 @@ class Admission:
     def evict(self) -> bool:
         """Clear the device of one checkpoint; False: there is none."""
         return self.checkpoints is not None and self.checkpoints.evict()
+
+    def _lend(self, request: Request) -> None:
+        if request.waits is None:
+            return
+        reader, urgency = request.waits[0], request.rank[0]
+        if urgency < reader.rank[0]:
+            queue = self.running if reader.id in self.running else self.swapped
+            queue.rerank(reader, urgency)
+            self._lent = True
+
+    def _take_back(self) -> None:
+        """Give everyone their own urgency again, but those who are still waited for."""
+        if not self._lent:
+            return
+        self._lent = False
+        for queue in (self.running, self.swapped):
+            for reader in queue.order.copy():
+                if reader.rank[0] != reader.priority:
+                    queue.rerank(reader, reader.priority)
+        for request in self.waiting.order:
+            if self.waits(request):
+                self._lend(request)
 
     def _need(self, request: Request, found: Checkpoint | None) -> int:
         """Blocks that it takes, and that those who run may still take beside it."""

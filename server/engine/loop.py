@@ -190,7 +190,8 @@ class Loop:
         after a pause since it was scheduled."""
         last, self._collected = self._collected, self.clock()
         seconds = self._collected - (work.begun if last is None else last)
-        self.scheduler.budget.learn(work.tokens - work.rows, work.rows, seconds)
+        if self.scheduler.budget.target is not None:
+            self.scheduler.budget.learn(work.tokens - work.rows, work.rows, seconds)
 
     def _read(self, data: bytes) -> list[Output]:
         """Carry out one message. One that cannot be is logged, and answered if it names an id."""

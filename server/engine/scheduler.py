@@ -6,8 +6,7 @@ Plain values in, plain values out: the scheduler knows neither a device nor a so
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from heapq import merge
+from collections.abc import Iterable
 from pathlib import Path
 
 from model.chunk import Capacity, Copy, Sampled
@@ -75,11 +74,15 @@ class Scheduler:
             )
             self.states = States(self.checkpoints)
         self.admission = Admission(
-            self.holdings, self.checkpoints, self.running, self.swapped, swap_bytes=swap_bytes
+            self.holdings,
+            self.checkpoints,
+            waiting=self.waiting,
+            running=self.running,
+            swapped=self.swapped,
+            swap_bytes=swap_bytes,
         )
         self._arrivals = 0
         self._turns = 0
-        self._lent = False  # whether anyone has the urgency of another
 
     def __contains__(self, id: str) -> bool:
         if self.states is not None and id in self.states:
@@ -241,9 +244,9 @@ class Scheduler:
         """
         admitted: list[Request] = []
         left: list[Request] = []
-        self._take_back_urgency()
+        candidates = self.admission.candidates()
         readers = (*self.running.order, *self.swapped.order)
-        for request in self._candidates():
+        for request in candidates:
             if not self.admission.slot(request) or any(r.rank[0] <= request.rank[0] for r in left):
                 break
             found = None
@@ -252,7 +255,6 @@ class Scheduler:
                     continue
                 found = self.checkpoints.find(request) if self.checkpoints else None
                 if self.admission.defer(request, found, readers):
-                    self._lend_urgency(request)
                     continue
                 if request.reading and found and found.position == request.prompt_length:
                     request.finish, request.cached = "stop", found.position
@@ -284,32 +286,6 @@ class Scheduler:
         if self.checkpoints is not None:
             self.checkpoints.settle()
         return admitted
-
-    def _candidates(self) -> Iterator[Request]:
-        """Who would come in, in order: of one urgency the preempted before those who wait."""
-        lines = (self.swapped.order.copy(), self.waiting.order.copy())
-        return merge(*lines, key=lambda request: request.rank[0])  # whose first line goes first
-
-    def _lend_urgency(self, request: Request) -> None:
-        """Whoever reads what a more urgent one waits for is as urgent, for as long as it waits."""
-        if request.waits is not None:
-            reader, urgency = request.waits[0], request.rank[0]
-            if urgency < reader.rank[0]:
-                queue = self.running if reader.id in self.running else self.swapped
-                queue.rerank(reader, urgency)
-                self._lent = True
-
-    def _take_back_urgency(self) -> None:
-        if not self._lent:
-            return
-        self._lent = False
-        for queue in (self.running, self.swapped):
-            for reader in queue.order.copy():
-                if reader.rank[0] != reader.priority:
-                    queue.rerank(reader, reader.priority)
-        for request in self.waiting.order:
-            if self.admission.waits(request):
-                self._lend_urgency(request)
 
     def _pack(self) -> dict[str, int]:
         """How many tokens of whom: one token of all who have one left, then prompts in order.

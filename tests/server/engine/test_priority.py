@@ -12,7 +12,7 @@ from server.engine.queue import Queue
 from server.engine.request import Request, accept
 from server.engine.scheduler import Scheduler
 from server.engine.work import Work
-from server.protocol import Generate
+from server.protocol import Generate, Read, pack_tokens
 from tests.server.engine.bench import Bench, alone, capacity, counts, generate
 
 
@@ -293,6 +293,25 @@ def test_copies_of_an_urgent_prompt_drive_out_as_many_as_they_are():
     for message in [*low, *copies]:
         assert bench.result(message.id) == alone(message)
     assert [bench.outputs[m.id][-1].cached for m in copies] == [0, 199, 199]
+
+
+def test_a_reading_gives_way_and_is_kept_all_the_same():
+    bench = Bench(slots=1, caching=True, host_bytes=10_000, max_step_tokens=50)
+    tokens = words(200, 1)
+    bench.add(Read(id="reading", tokens=pack_tokens(tokens), priority=5))
+    bench.step()
+    high = generate("high", words(60, 2), 3)
+    start(bench, high)
+    assert list(bench.scheduler.swapped) == ["reading"]
+    bench.finish()
+    state = bench.outputs["reading"][-1].state
+    assert state is not None and state.count == 200
+    assert bench.result("high") == alone(high)
+    message = generate("on", [5, 6], 4)
+    message.base = state.key
+    bench.add(message)
+    bench.finish()
+    assert bench.result("on") == alone(generate("on", [*tokens, 5, 6], 4))
 
 
 def test_an_abort_of_a_preempted_one_leaves_nothing():
