@@ -33,7 +33,6 @@ from benchmarks.served import checkpoint, served
 from server.settings import Settings
 
 SHAPES = Path(__file__).parent / "shapes"
-FOREVER = 100_000_000  # tokens of a chat, which ends when it is closed
 BUDGET = re.compile(r"^steadystate_step_token_budget\{.*\} (\S+)$", re.MULTILINE)
 POINTS = 120  # of a line in the picture
 PERCENTILES = (50, 99)
@@ -97,7 +96,7 @@ async def watch(url: str, options: argparse.Namespace, vocab: int) -> Trace:
                 await asyncio.sleep(options.every)
 
     for _ in range(options.chats):
-        chats.append((await send(options.prompt, FOREVER))[0])
+        chats.append((await send(options.prompt, options.chat_tokens))[0])
     while not all(chat.reply and chat.reply.frames for chat in chats):
         await asyncio.sleep(0.01)
     settled = time.monotonic()
@@ -173,6 +172,7 @@ def main() -> None:
     add("--rounds", type=int, default=2, help="long prompts, one after another")
     add("--chats", type=int, default=64 if cuda else 8)
     add("--prompt", type=int, default=128, help="tokens of a chat's prompt")
+    add("--chat-tokens", type=int, default=10_000_000, help="of a chat, more than it comes to")
     add("--target-itl-ms", type=float, default=25.0)
     add("--max-step-tokens", type=int, default=None)
     add("--seconds", type=float, default=5.0, help="of chats alone")

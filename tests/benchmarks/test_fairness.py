@@ -29,7 +29,9 @@ def test_a_trace_tells_before_from_during() -> None:
 
 def test_it_watches_a_server(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "tiny")
-    options = Namespace(chats=3, prompt=5, tokens=400, rounds=2, seconds=0.4, every=0.02)
+    options = Namespace(
+        chats=3, prompt=5, chat_tokens=1_000_000, tokens=400, rounds=2, seconds=0.4, every=0.02
+    )  # fmt: skip
     engine = ("--step-seconds", "0.002", "--max-step-tokens", "32")
     with in_thread(path, *engine, target_itl_ms=1000) as live:
         trace = asyncio.run(watch(live.url, options, VOCAB))

@@ -4,16 +4,19 @@ time."""
 from __future__ import annotations
 
 import hypothesis.strategies as st
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
+from model.chunk import Sampling
 from server.engine.queue import Queue
 from server.engine.request import Request, accept
 from server.engine.scheduler import Scheduler
 from server.engine.work import Work
-from server.protocol import Generate, Read, pack_tokens
+from server.protocol import Generate, Read, pack_tokens, unpack_tokens
 from tests.server.engine.bench import Bench, alone, capacity, counts, generate
+from tests.server.engine.test_cached import load
 
 
 def start(bench: Bench, *messages: Generate) -> Work:
@@ -322,6 +325,48 @@ def test_an_abort_of_a_preempted_one_leaves_nothing():
     bench.abort("low", "high")
     bench.step()
     assert bench.runner.saved == {} and bench.scheduler.idle
+
+
+@pytest.mark.parametrize(("kind", "ring"), [("pure", 0), ("window", 8), ("hybrid", 0)])
+def test_states_of_real_models_return_as_they_were(
+    kind: str, ring: int, tmp_path_factory: pytest.TempPathFactory
+):
+    """Penalties remember what was seen, rings what is not folded yet; on a GPU steps overlap."""
+    runner = load(tmp_path_factory.mktemp("models"), kind, ring=ring, device="auto")
+    low = [
+        msgspec.structs.replace(
+            generate(f"low {n}", words(30 + 7 * n, n), 24, priority=1),
+            sampling=Sampling(seed=n, top_k=20, repetition_penalty=1.2, logprobs=0),
+        )
+        for n in range(runner.capacity.slots)
+    ]
+    high = [generate(f"high {n}", words(50, 90 + n), 3 + n) for n in range(6)]
+    told: list[dict[str, list[tuple[int, float]]]] = []
+    for disturbed in (False, True):
+        bench = Bench(runner=runner, max_step_tokens=512)
+        bench.add(*low)
+        for turn in range(12):
+            bench.step()
+            if disturbed and turn % 2:
+                bench.add(high[turn // 2])
+        bench.finish()
+        assert (bench.scheduler.preemptions["priority"] >= 4) == disturbed
+        told.append(
+            {
+                message.id: [
+                    (token, entry.logprob)
+                    for output in bench.outputs[message.id]
+                    for token, entry in zip(
+                        unpack_tokens(output.tokens), output.logprobs or (), strict=True
+                    )
+                ]
+                for message in low
+            }
+        )
+    for message in low:
+        for (token, logprob), (other, expected) in zip(*(t[message.id] for t in told), strict=True):
+            assert token == other and logprob == pytest.approx(expected, abs=1e-4)
+        assert len(told[0][message.id]) == 24
 
 
 class Ranks(RuleBasedStateMachine):
