@@ -11,7 +11,7 @@ from bisect import bisect_left
 LEAST = 64  # prompt tokens of a step at any rate, so that every prompt advances
 SIZES_PER_DOUBLING = 8
 WEIGHT = 0.2  # of a new measurement, among those before
-OUTLIER = 2.0  # times what was expected: believed when the next one says so too
+OUTLIER = 2.0  # times what was expected, or its inverse: believed when the next one says so too
 RELUCTANCE = 0.96  # of the target, for sizes above the present one
 FRESH = 64  # steps for which a measurement stands by itself
 MEMORY = 1024  # steps after which a size that took too long is tried again
@@ -23,9 +23,10 @@ class Budget:
     Without a target, or with nobody decoding, these are `most`. Else as many prompt tokens as fit
     into the target beside the rows that decode, by what is known of steps like it: what was
     measured lately of a size, else its share of what was measured last, the time of decoding alone
-    left out. A share of a smaller step is no less than the truth where tokens in bulk are cheaper,
-    so the target is approached from below, and no step is more than twice as large as one that was
-    measured. Where a size took far longer than its share, it is passed by for MEMORY steps.
+    left out. A larger step costs no more than its share where tokens in bulk are cheaper, so the
+    target is approached from below, at most doubling what was measured. A size that took longer
+    than its share is passed by for MEMORY steps. What one size takes more or less than it did goes
+    for all.
     """
 
     def __init__(self, most: int, target: float | None = None) -> None:
@@ -42,7 +43,7 @@ class Budget:
         self._last: int | None = None  # the size that was measured last
         self._alone: float | None = None  # seconds of a step of decoding alone
         self._steps = 0
-        self._doubtful = False  # the last measurement was not believed
+        self._doubted: float | None = None  # the last measurement, if it was not believed
 
     def give(self, rows: int) -> int:
         """Tokens of the next step, in which so many requests decode."""
@@ -55,15 +56,15 @@ class Budget:
     def learn(self, prompt: int, rows: int, seconds: float) -> None:
         """A step of so many prompt tokens and decoding requests has taken so long.
 
-        Steps without decoding tell nothing of those with, nor do steps that had fewer prompt tokens
-        than they might have had by far.
+        Steps without decoding tell nothing of those with, nor do steps that had far fewer prompt
+        tokens than they might have had, unless they took too long all the same.
         """
         if self.target is None or not rows or seconds <= 0:
             return
         if not prompt:
             known = seconds if self._alone is None else self._alone
             self._alone = known * self._change(seconds / known)
-        elif 2 * prompt >= self._size:
+        elif 2 * prompt >= self._size or (prompt >= LEAST and seconds > self.target):
             self._measured(prompt, seconds)
 
     def predict(self, size: int) -> float:
@@ -92,7 +93,7 @@ class Budget:
         seconds = self._share(seconds, prompt, size)
         expected = self._cost.get(size, self.predict(size))
         change = 1.0 if expected == float("inf") else self._change(seconds / expected)
-        if self._doubtful:
+        if self._doubted is not None:
             return
         if size not in self._cost:
             self._cost[size] = seconds
@@ -108,12 +109,12 @@ class Budget:
         self._cost = {n: self._cost[n] for n in self._tried}
 
     def _change(self, ratio: float) -> float:
-        """By how much an estimate changes after a measurement of `ratio` times what it says. A
-        stall is no news until it comes twice; a step that was much faster is."""
-        doubted, self._doubtful = self._doubtful, False
-        if ratio > OUTLIER and not doubted:
-            self._doubtful = True
-            return 1.0
-        if ratio > OUTLIER or ratio < 1 / OUTLIER:
+        """By how much an estimate changes after a measurement of `ratio` times what it says. What
+        is far off is no news until it comes twice in a row."""
+        doubted, self._doubted = self._doubted, None
+        if 1 / OUTLIER <= ratio <= OUTLIER:
+            return float(ratio**WEIGHT)
+        if doubted is not None and (doubted > 1) == (ratio > 1):
             return ratio
-        return float(ratio**WEIGHT)
+        self._doubted = ratio
+        return 1.0

@@ -206,6 +206,13 @@ def test_short_prompts_and_prompts_alone_teach_nothing_wrong():
     assert machine.budget.give(64) - 64 == size
 
 
+def test_short_prompts_that_take_too_long_are_heard():
+    machine = Machine(linear).read(50)
+    for _ in range(3):
+        machine.budget.learn(500, 64, 0.05)
+    assert machine.budget.give(64) - 64 < 500
+
+
 def test_the_scheduler_packs_what_the_budget_gives():
     bench = Bench(slots=4, max_step_tokens=1000, target_seconds=TARGET)
     bench.add(generate("reader", 1500, 2))
