@@ -3,11 +3,11 @@ begins with at hand."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
-from heapq import merge
 
 from server.engine.checkpoints import Checkpoints
-from server.engine.queue import Queue
+from server.engine.queue import RANK, Queue
 from server.engine.request import Request
 from server.engine.slots import Holdings
 from server.engine.tiers import Checkpoint
@@ -43,8 +43,14 @@ class Admission:
     def candidates(self) -> Iterator[Request]:
         """Who would come in, in order: the more urgent, then the preempted, then the older."""
         self._take_back()
-        lines = (self.swapped.order.copy(), self.waiting.order.copy())
-        return merge(*lines, key=lambda request: request.rank[0])  # of equals the first line's
+        swapped, waiting = self.swapped.order.copy(), deque(self.waiting.order)
+        while swapped or waiting:
+            first = min(swapped, key=RANK, default=None)  # may have become more urgent meanwhile
+            if first is not None and not (waiting and waiting[0].rank[0] < first.rank[0]):
+                swapped.remove(first)
+                yield first
+            else:
+                yield waiting.popleft()
 
     def slot(self, request: Request) -> bool:
         """Whether a slot is free, or may become free of a checkpoint or a less urgent request."""

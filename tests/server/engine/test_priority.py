@@ -270,6 +270,26 @@ def test_who_reads_what_an_urgent_one_waits_for_is_as_urgent_meanwhile():
         assert bench.result(message.id) == alone(message)
 
 
+def test_a_preempted_reader_returns_for_the_urgent_one_that_waits_for_it():
+    bench = Bench(slots=1, caching=True, host_bytes=10_000, max_step_tokens=50)
+    document = words(300, 1)
+    reader = generate("reader", [*document, 1], 30, priority=9)
+    first, waiter = generate("first", words(40, 2), 6, priority=-9), [*document, 2]
+    start(bench, reader)
+    start(bench, first)
+    waiting = generate("waiter", waiter, 3, priority=-5)
+    start(bench, waiting, generate("between", words(40, 4), 3, priority=1))
+    order: list[str] = []
+    while not bench.scheduler.idle:
+        running = list(bench.scheduler.running)
+        order += [id for id in running if id not in order[-1:]]
+        bench.step()
+    assert order == ["first", "reader", "waiter", "between", "reader"]
+    assert bench.scheduler.preemptions["priority"] == 2
+    for message in (reader, first, waiting):
+        assert bench.result(message.id) == alone(message)
+
+
 def test_the_urgency_of_one_that_leaves_is_taken_back():
     bench = Bench(slots=1, caching=True, host_bytes=10_000, max_step_tokens=50)
     document = words(300, 1)
