@@ -92,7 +92,7 @@ class Budget:
         size = min(self.sizes[max(at - 1, 0) : at + 1], key=lambda n: abs(n - prompt))
         seconds = self._share(seconds, prompt, size)
         expected = self._cost.get(size, self.predict(size))
-        change = 1.0 if expected == float("inf") else self._change(seconds / expected)
+        change = self._change(1.0 if expected == float("inf") else seconds / expected)
         if self._doubted is not None:
             return
         if size not in self._cost:

@@ -163,6 +163,15 @@ def test_a_first_step_that_compiles_is_forgotten():
 
 
 @late
+def test_a_stall_just_before_a_prompt_is_forgotten(late: bool):
+    machine = Machine(linear, late=late)
+    machine.decode(20, 64)
+    machine.budget.learn(0, 64, 10.0)
+    machine.read(40)
+    assert machine.sizes[-1] > 0.8 * best(linear)
+
+
+@late
 def test_more_and_fewer_rows(late: bool):
     machine = Machine(linear, late=late)
     for _ in range(5):
