@@ -72,6 +72,9 @@ class Stream(asyncio.Protocol):
         self._transport.write(data)
         return self.done
 
+    def close(self) -> None:
+        self._transport.close()
+
     def data_received(self, data: bytes) -> None:
         reply = self.reply
         if reply is None:
@@ -97,6 +100,27 @@ class Stream(asyncio.Protocol):
             self.done.set_result(None)
 
 
+def streamed(host: str, rng: random.Random, prompt: int, tokens: int, vocab: int) -> bytes:
+    """A request for so many tokens behind a prompt of drawn ids, as it is sent."""
+    body = {
+        "prompt": [
+            rng.randrange(min(vocab, 256), vocab) if vocab > 1000 else rng.randrange(97, 123)
+            for _ in range(prompt)
+        ],
+        "max_tokens": tokens,
+        "ignore_eos": True,
+        "temperature": 1.0,
+        "seed": rng.randrange(2**31),
+        "stream": True,
+    }
+    data = json.dumps(body).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+    )
+    return head.encode() + data
+
+
 async def play(load: Load) -> list[Reply]:
     """Send it all and gather the replies."""
     parts = urlsplit(load.url)
@@ -105,22 +129,7 @@ async def play(load: Load) -> list[Reply]:
     replies: list[Reply] = []
 
     def request() -> bytes:
-        body = {
-            "prompt": [rng.randrange(min(load.vocab, 256), load.vocab)
-                       if load.vocab > 1000 else rng.randrange(97, 123)
-                       for _ in range(load.prompt)],
-            "max_tokens": load.tokens,
-            "ignore_eos": True,
-            "temperature": 1.0,
-            "seed": rng.randrange(2**31),
-            "stream": True,
-        }  # fmt: skip
-        data = json.dumps(body).encode()
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nhost: {parts.netloc}\r\n"
-            f"content-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
-        )
-        return head.encode() + data
+        return streamed(parts.netloc, rng, load.prompt, load.tokens, load.vocab)
 
     async def connect() -> Stream:
         _, stream = await loop.create_connection(Stream, parts.hostname, parts.port)

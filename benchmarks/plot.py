@@ -1,8 +1,9 @@
 """Draws the pictures of docs/ from benchmarks/results/*.json.
 
-    python -m benchmarks.plot [CARD]
+    python -m benchmarks.plot [CARD [PICTURE ...]]
 
-Needs matplotlib (the extra `bench`). CARD is the end of the result files' names, h100 for example.
+Needs matplotlib (the extra `bench`). CARD is the end of the result files' names, h100 for example;
+pictures are kernels and fairness.
 """
 
 from __future__ import annotations
@@ -60,10 +61,45 @@ def draw_kernels(card: str) -> None:
     figure.savefig(ROOT / "docs" / "kernels.svg", metadata={"Date": None})
 
 
+def draw_fairness(card: str) -> None:
+    """docs/fairness.svg."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    result = json.loads((RESULTS / f"fairness-{card}.json").read_text(encoding="utf-8"))
+    figure, (gaps, budgets) = pyplot.subplots(2, figsize=(7.5, 5.5), sharex=True)
+    for name, lines in result["lines"].items():
+        gaps.semilogy(*zip(*lines["longest_itl_ms"], strict=True), label=name, linewidth=1)
+        times, tokens = zip(*lines["step_token_budget"], strict=True)
+        budgets.step(times, tokens, where="post", label=name, linewidth=1)
+    gaps.set_ylabel("longest time between tokens, ms")
+    budgets.set_ylabel("budget of a step, tokens")
+    budgets.set_yscale("log", base=2)
+    budgets.set_xlabel("seconds after the first long prompt was sent")
+    gaps.set_title(
+        f"Long prompts among {result['chats']} chats, {result['model']}, {result['gpu']}, "
+        f"commit {result['commit']}"
+    )
+    gaps.title.set_fontsize(9)
+    for axes in (gaps, budgets):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "fairness.svg", metadata={"Date": None})
+
+
+PICTURES = {"kernels": draw_kernels, "fairness": draw_fairness}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("card", nargs="?", default="h100")
-    draw_kernels(parser.parse_args().card)
+    parser.add_argument("pictures", nargs="*", default=["kernels"], help=", ".join(PICTURES))
+    options = parser.parse_args()
+    for picture in options.pictures:
+        PICTURES[picture](options.card)
 
 
 if __name__ == "__main__":

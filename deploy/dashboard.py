@@ -172,9 +172,11 @@ ROWS: dict[str, list[Panel]] = {
             {
                 "mean": rate("iteration_tokens_total_sum")
                 + " / "
-                + rate("iteration_tokens_total_count")
+                + rate("iteration_tokens_total_count"),
+                "budget of {{instance}}": "steadystate_step_token_budget{}",
             },
-            "At max_step_tokens the engine reads prompts as fast as it can.",
+            "At its budget the engine reads prompts as fast as it may: max_step_tokens, or what "
+            "target_itl_ms leaves of them.",
         ),
         Panel("Engine steps per second", "short", {"steps": rate("iteration_tokens_total_count")}),
         Panel(
@@ -195,7 +197,15 @@ ROWS: dict[str, list[Panel]] = {
             },
             stacked=True,
         ),
-        Panel("Preemptions per second", "short", {"preemptions": rate("num_preemptions_total")}),
+        Panel(
+            "Preemptions per second, by reason",
+            "short",
+            {
+                "{{reason}}": "sum by (reason) "
+                f"(rate(steadystate_num_preemptions_total{{}}[{INTERVAL}]))"
+            },
+            stacked=True,
+        ),
         quantiles("Length of prompts", "request_prompt_tokens", "short", "Tokens."),
         quantiles("Length of answers", "request_generation_tokens", "short", "Tokens."),
     ],
@@ -247,9 +257,10 @@ ROWS: dict[str, list[Panel]] = {
             "bytes",
             {
                 "states": "sum(steadystate_state_slots_used{}"
-                " * steadystate_state_bytes_per_sequence{})"
+                " * steadystate_state_bytes_per_sequence{})",
+                "preempted, on the host": "sum(steadystate_swapped_state_bytes{})",
             },
-            "Does not grow with their length.",
+            "A state does not grow with its sequence; what waits on the host has its KV with it.",
         ),
         Panel(
             "KV blocks in use",

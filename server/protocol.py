@@ -22,7 +22,7 @@ class Generate(msgspec.Struct, tag=True, kw_only=True):
     drawn until the last of these; the prompt is `expected` to have about so many tokens in all.
     Checkpoints are shared among prompts of one salt; boundaries are the positions where messages
     end. With `base`, the tokens follow those of the state of that key, less the last `drop` of
-    these; such a prompt is complete.
+    these; such a prompt is complete. A lower `priority` is served first.
     """
 
     id: str
@@ -37,6 +37,7 @@ class Generate(msgspec.Struct, tag=True, kw_only=True):
     boundaries: list[int] = []
     base: str = ""
     drop: int = 0
+    priority: int = 0
 
 
 class Extend(msgspec.Struct, tag=True, kw_only=True):
@@ -53,7 +54,8 @@ class Read(msgspec.Struct, tag=True, kw_only=True):
     """Fold tokens into a state and keep it: on the shelf where there is one, else pinned on the
     host until a Pin takes that back. The last Output says which state it is.
 
-    `base` and `drop` are as in Generate. salt_digest may stand for a salt that is not known.
+    `base`, `drop` and `priority` are as in Generate. salt_digest may stand for a salt that is not
+    known.
     """
 
     id: str
@@ -63,6 +65,7 @@ class Read(msgspec.Struct, tag=True, kw_only=True):
     boundaries: list[int] = []
     base: str = ""
     drop: int = 0
+    priority: int = 0
 
 
 class Pin(msgspec.Struct, tag=True):
@@ -183,7 +186,9 @@ class Stats(msgspec.Struct, kw_only=True):
     blocks_used: int = 0
     blocks_total: int = 0
     step_tokens: int = 0
-    preemptions: int = 0  # since the engine started
+    step_budget: int = 0  # tokens that the last step might have had
+    preemptions: dict[str, int] = {}  # by reason, since the engine started
+    swapped_bytes: int = 0  # of preempted sequences, on the host
     device_memory: int = 0
     device_free: int = 0
     device_total: int = 0

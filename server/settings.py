@@ -119,6 +119,17 @@ class Settings(BaseSettings):
         ge=1,
         description="token budget of one engine step; default: 8192 on CUDA, 2048 on the CPU",
     )
+    target_itl_ms: float | None = Field(
+        None,
+        gt=0,
+        description="milliseconds between tokens to aim at: while anyone decodes, prompts get what "
+        "of a step fits into it, at least 64 tokens; default: all of max_step_tokens",
+    )
+    swap_gb: float = Field(
+        8.0,
+        ge=0,
+        description="GB of host memory for sequences that leave their slot to more urgent ones",
+    )
 
     prefix_caching: bool = Field(
         True, description="keep checkpoints of states, so that a prefix is read once"
@@ -194,6 +205,16 @@ class Settings(BaseSettings):
     def keyless(self) -> Settings:
         """The same without any API key, for other processes."""
         return self.model_copy(update={"api_key": (), "api_key_file": None})
+
+    @property
+    def target_seconds(self) -> float | None:
+        """Seconds between tokens to aim at."""
+        return None if self.target_itl_ms is None else self.target_itl_ms / 1000
+
+    @property
+    def swap_bytes(self) -> int:
+        """Bytes of host memory for preempted sequences."""
+        return int(self.swap_gb * 1e9)
 
     @property
     def host_cache_bytes(self) -> int:

@@ -38,7 +38,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1.0,),
     "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
-    "priority": (0,),
     "structured_outputs": (),
     "structural_tag": (),
     "guided_json": (),

@@ -34,6 +34,7 @@ class Options:
     include_stop: bool = False
     skip_special_tokens: bool = True
     salt: str = ""
+    priority: int = 0
     thinking: bool | None = None  # None: reasoning is not told apart; True: the prompt opened it
     sampling: Sampling
 

@@ -66,6 +66,7 @@ async def create(request: Request, service: TheService) -> Response:
         tokens=pack_tokens(tokens),
         salt=body.cache_salt or "",
         boundaries=boundaries,
+        priority=body.priority,
     )
     state, cached = await unless_disconnected(request, read(service, message, len(tokens)))
     record = Record(
@@ -151,7 +152,7 @@ async def fork(id: str, request: Request, service: TheService) -> Response:
 async def append(id: str, request: Request, service: TheService) -> Response:
     """Read more behind a context, which then is all of it. Nothing bounds the sum."""
     body = await body_of(request, service)
-    for field in sorted(body.model_fields_set - {"model", "text", "messages", "ttl"}):
+    for field in sorted(body.model_fields_set - {"model", "text", "messages", "ttl", "priority"}):
         raise RequestError(f"{field} is set when a context is made, not later", param=field)
     record = await open_context(service, id, request.state.owner)
     kind = "text" if body.messages is None else "messages"
@@ -173,7 +174,7 @@ async def append(id: str, request: Request, service: TheService) -> Response:
         tail = (before[: len(before) - drop] + tokens)[-TAIL:]
     message = Read(
         id=service.client.new_id(), tokens=pack_tokens(tokens), base=base, drop=drop,
-        boundaries=boundaries, salt_digest=record.salt,
+        boundaries=boundaries, salt_digest=record.salt, priority=body.priority,
     )  # fmt: skip
     state, cached = await unless_disconnected(request, read(service, message, count))
     expires = _expiry(body.ttl) if body.ttl is not None else record.expires

@@ -245,6 +245,7 @@ def _submit(service: Service, prompts: Sequence[Prompt], options: Options) -> li
                 more=prompt.rest is not None,
                 expected=prompt.expected,
                 salt=options.salt,
+                priority=options.priority,
                 boundaries=list(prompt.boundaries),
                 base=prompt.base,
                 drop=prompt.drop,
@@ -301,6 +302,7 @@ def options_of(
         include_stop=body.include_stop_str_in_output,
         skip_special_tokens=body.skip_special_tokens,
         salt=body.cache_salt or "",
+        priority=body.priority,
         sampling=Sampling(
             temperature=chosen.get("temperature", 1.0),
             top_p=chosen.get("top_p", 1.0),

@@ -26,6 +26,7 @@ MAX_DEPTH = 64  # of schemas, arguments and template arguments
 MAX_MESSAGES = 16_384
 MAX_PARTS = 16_384  # of a message
 MAX_TOKENS = 2**31 - 1
+MAX_PRIORITY = 1000  # and as far below 0
 
 
 class Keys:

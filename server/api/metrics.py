@@ -30,6 +30,7 @@ from server.protocol import Output, Stats, Step
 
 PREFIX = "steadystate_"
 STATES = ("starting", "ready", "draining", "dead")
+PREEMPTION_REASONS = ("blocks", "priority")
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
 # Prompts are long: first tokens may take the better part of an hour.
@@ -74,12 +75,19 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._together = "PROMETHEUS_MULTIPROC_DIR" in os.environ
         self._model = model
-        self._preempted = 0
+        self._preempted: dict[str, int] = {}
 
         counter, histogram = self._counter, self._histogram
         self._prompt = counter("prompt_tokens", "prompt tokens read")
         self._generation = counter("generation_tokens", "tokens generated")
-        self._preemptions = counter("num_preemptions", "requests moved out of their slot")
+        self._preemptions = Counter(
+            PREFIX + "num_preemptions",
+            "requests moved out of their slot, by reason",
+            ["model_name", "reason"],
+            registry=self.registry,
+        )
+        for reason in PREEMPTION_REASONS:
+            self._preemptions.labels(model, reason)
         self._success = Counter(
             PREFIX + "request_success",
             "generations that ended, by reason",
@@ -137,7 +145,9 @@ class Metrics:
         """Count an engine step."""
         if step.stats.step_tokens:
             self._iteration.observe(step.stats.step_tokens)
-        self._preemptions.inc(max(0, step.stats.preemptions - self._preempted))
+        for reason, count in step.stats.preemptions.items():
+            new = max(0, count - self._preempted.get(reason, 0))
+            self._preemptions.labels(self._model, reason).inc(new)
         self._preempted = step.stats.preemptions
         if step.stats.cache is not None:
             self._cache.update(step.stats.cache)
@@ -222,6 +232,10 @@ class Gauges(Collector):
             "kv_cache_usage_perc": (
                 "share of the KV blocks in use, 0 to 1",
                 stats.blocks_used / (stats.blocks_total or 1),
+            ),
+            "step_token_budget": ("tokens that a step may have now", stats.step_budget),
+            "swapped_state_bytes": (
+                "host memory of preempted generations", stats.swapped_bytes
             ),
             "device_memory_bytes": ("device memory held by the engine", stats.device_memory),
             "device_memory_free_bytes": ("device memory that nobody holds", stats.device_free),

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from server.api import limits
 from server.api.body import Body
 from server.api.continuing import trouble_of
-from server.api.schemas import Messages, Name, Salt, TemplateBody
+from server.api.schemas import Messages, Name, Priority, Salt, TemplateBody
 from server.api.service import Service
 from server.errors import ContextLengthError, GenerationError, RequestError
 from server.protocol import Read, State
@@ -26,6 +26,7 @@ class ContextBody(TemplateBody):
     name: Name | None = Field(None, min_length=1)
     ttl: int | None = Field(None, ge=1, le=limits.MAX_TOKENS)
     cache_salt: Salt | None = None
+    priority: Priority = 0
     text: str | None = None
     messages: Messages | None = None
 

@@ -26,6 +26,7 @@ from server.api.tools import CallList, ToolFields, check_size
 Name = Annotated[str, StringConstraints(max_length=limits.MAX_NAME_CHARS)]
 Salt = Annotated[str, StringConstraints(min_length=1, max_length=limits.MAX_NAME_CHARS)]
 TokenId = Annotated[int, Field(ge=0, le=limits.MAX_TOKENS)]
+Priority = Annotated[int, Field(ge=-limits.MAX_PRIORITY, le=limits.MAX_PRIORITY)]
 
 
 def _few(value: Any) -> Any:
@@ -77,6 +78,7 @@ class GenerationBody(Body):
     user: Name | None = None
     request_id: Name | None = None
     cache_salt: Salt | None = None
+    priority: Priority = 0
 
     @field_validator("stop", mode="before")
     @classmethod

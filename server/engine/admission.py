@@ -1,31 +1,65 @@
-"""Who may come in next: is there a slot, are there blocks, is what it begins with at hand."""
+"""Who may come in next: is there a slot, are there blocks, who must leave for it, is what it
+begins with at hand."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator
 
 from server.engine.checkpoints import Checkpoints
 from server.engine.patience import Patience
+from server.engine.queue import RANK, Queue
 from server.engine.request import Request
 from server.engine.slots import Holdings
 from server.engine.tiers import Checkpoint
 
 
 class Admission:
-    """Answers for the scheduler, whose queues it looks at. Checkpoints make room for requests."""
+    """Answers for the scheduler, whose queues it looks at. Checkpoints make room for requests,
+    and so do requests for more urgent ones, as long as the host has room for their states."""
 
     def __init__(
-        self, holdings: Holdings, checkpoints: Checkpoints | None, running: Mapping[str, Request]
+        self,
+        holdings: Holdings,
+        checkpoints: Checkpoints | None,
+        *,
+        waiting: Queue,
+        running: Queue,
+        swapped: Queue,
+        swap_bytes: int,
     ) -> None:
         self.holdings = holdings
         self.checkpoints = checkpoints
         self.patience = None if checkpoints is None else Patience(checkpoints)
+        self.waiting = waiting
         self.running = running
+        self.swapped = swapped
+        self.swap_bytes = swap_bytes
+        self._lent = False  # whether anyone has the urgency of another
 
-    def slot(self) -> bool:
-        """Whether a slot is free, or becomes free of a checkpoint."""
-        return self.holdings.slots.free > 0 or (
-            self.checkpoints is not None and bool(self.checkpoints.tiers.device)
+    @property
+    def swapped_bytes(self) -> int:
+        """What the states of preempted requests take on the host."""
+        return sum(self._saved_bytes(request) for request in self.swapped.order)
+
+    def candidates(self) -> Iterator[Request]:
+        """Who would come in, in order: the more urgent, then the preempted, then the older."""
+        self._take_back()
+        swapped, waiting = self.swapped.order.copy(), deque(self.waiting.order)
+        while swapped or waiting:
+            first = min(swapped, key=RANK, default=None)  # may have become more urgent meanwhile
+            if first is not None and not (waiting and waiting[0].rank[0] < first.rank[0]):
+                swapped.remove(first)
+                yield first
+            else:
+                yield waiting.popleft()
+
+    def slot(self, request: Request) -> bool:
+        """Whether a slot is free, or may become free of a checkpoint or a less urgent request."""
+        return (
+            self.holdings.slots.free > 0
+            or (self.checkpoints is not None and bool(self.checkpoints.tiers.device))
+            or (bool(self.running) and self.running.order[-1].rank[0] > request.rank[0])
         )
 
     def waits(self, request: Request) -> bool:
@@ -42,22 +76,77 @@ class Admission:
 
     def defer(self, request: Request, found: Checkpoint | None, readers: Iterable[Request]) -> bool:
         """Let a request wait when what it begins with lies on the disk, or is being read, or when
-        more of its prompt may tell of more to begin with."""
-        return self.patience is not None and self.patience.worth(request, found, readers)
+        more of its prompt may tell of more to begin with. Who reads it is as urgent meanwhile."""
+        if self.patience is None or not self.patience.worth(request, found, readers):
+            return False
+        self._lend(request)
+        return True
 
     def fits(self, request: Request, found: Checkpoint | None) -> bool:
         """Whether there is a slot and blocks for all of it, once checkpoints have made room."""
-        need = self.holdings.lacking(request)
-        if self.holdings.block_size:
-            need += sum(self.holdings.lacking(other) for other in self.running.values())
+        need = self._need(request, found)
         if self.checkpoints is not None:
-            need -= self.checkpoints.tiers.shared(found)
             self.checkpoints.tiers.spared = found
         while not self.holdings.slots.free or self.holdings.blocks.free < need:
             if not self.evict():
                 return False
         return True
 
+    def leaving(self, request: Request, found: Checkpoint | None) -> list[Request]:
+        """Who must leave so that one fits for whom checkpoints could not make room: of those that
+        are less urgent the least urgent, youngest first. Empty: it does not fit even so."""
+        leaving: list[Request] = []
+        slots, blocks = self.holdings.slots, self.holdings.blocks
+        need, free = self._need(request, found), blocks.free
+        owners: set[str] = set()
+        room = self.swap_bytes - self.swapped_bytes
+        for other in reversed(self.running.order):
+            if other.rank[0] <= request.rank[0]:
+                break
+            size = self._saved_bytes(other)
+            if size > room:
+                continue
+            room -= size
+            leaving.append(other)
+            owners.add(other.id)
+            need -= self.holdings.lacking(other)
+            free += blocks.freed(other.blocks, owners)
+            if slots.free + len(leaving) and free >= need:
+                return leaving
+        return []
+
     def evict(self) -> bool:
         """Clear the device of one checkpoint; False: there is none."""
         return self.checkpoints is not None and self.checkpoints.evict()
+
+    def _lend(self, request: Request) -> None:
+        if request.waits is None:
+            return
+        reader, urgency = request.waits[0], request.rank[0]
+        if urgency < reader.rank[0]:
+            queue = self.running if reader.id in self.running else self.swapped
+            queue.rerank(reader, urgency)
+            self._lent = True
+
+    def _take_back(self) -> None:
+        """Give everyone their own urgency again, but those who are still waited for."""
+        if not self._lent:
+            return
+        self._lent = False
+        for queue in (self.running, self.swapped):
+            for reader in queue.order.copy():
+                if reader.rank[0] != reader.priority:
+                    queue.rerank(reader, reader.priority)
+        for request in self.waiting.order:
+            if self.waits(request):
+                self._lend(request)
+
+    def _need(self, request: Request, found: Checkpoint | None) -> int:
+        """Blocks that it takes, and that those who run may still take beside it."""
+        need = self.holdings.lacking(request)
+        if self.holdings.block_size:
+            need += sum(self.holdings.lacking(other) for other in self.running.order)
+        return need - (self.checkpoints.tiers.shared(found) if self.checkpoints else 0)
+
+    def _saved_bytes(self, request: Request) -> int:
+        return self.holdings.bytes_for(request.computed) if request.computed else 0

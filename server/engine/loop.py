@@ -79,6 +79,8 @@ class Loop:
         host_bytes: int = 0,
         directory: Path | None = None,
         disk_bytes: int = 0,
+        swap_bytes: int = 0,
+        target_seconds: float | None = None,
     ) -> None:
         self.runner = runner
         self.line = line
@@ -90,7 +92,10 @@ class Loop:
             host_bytes=host_bytes,
             directory=directory,
             disk_bytes=disk_bytes,
+            swap_bytes=swap_bytes,
+            target_seconds=target_seconds,
         )
+        self._collected: float | None = None  # when the last step was; None: it was idle since
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._memory = (0, 0, 0)  # held, free, in all
         self._under_way: tuple[Work, Any] | None = None  # launched, and not collected
@@ -109,7 +114,10 @@ class Loop:
     def turn(self, idle_seconds: float = 0.0) -> None:
         """Read the inbox, waiting only when idle; compute one step; publish what it brought."""
         outputs: list[Output] = []
-        messages = self.line.receive(self._patience(idle_seconds))
+        patience = self._patience(idle_seconds)
+        if patience:
+            self._collected = None
+        messages = self.line.receive(patience)
         for data in messages:
             outputs += self._read(data)
         states = self.scheduler.states
@@ -173,7 +181,17 @@ class Loop:
         return outputs
 
     def _collect(self, work: Work, launched: Any) -> list[Output]:
-        return self.scheduler.complete(work, self.runner.collect(launched))
+        sampled = self.runner.collect(launched)
+        self._time(work)
+        return self.scheduler.complete(work, sampled)
+
+    def _time(self, work: Work) -> None:
+        """Tell the budget what a step took that was collected now: since the one before it, or
+        after a pause since it was scheduled."""
+        last, self._collected = self._collected, self.clock()
+        seconds = self._collected - (work.begun if last is None else last)
+        if self.scheduler.budget.target is not None:
+            self.scheduler.budget.learn(work.tokens - work.rows, work.rows, seconds)
 
     def _read(self, data: bytes) -> list[Output]:
         """Carry out one message. One that cannot be is logged, and answered if it names an id."""

@@ -37,6 +37,8 @@ def run_engine(directory: Path, load: Callable[[Settings], LoadedRunner]) -> int
             host_bytes=settings.host_cache_bytes,
             directory=settings.context_directory,
             disk_bytes=settings.disk_cache_bytes,
+            swap_bytes=settings.swap_bytes,
+            target_seconds=settings.target_seconds,
         )
         gc.collect()
         gc.freeze()  # what was loaded stays: never walk it again

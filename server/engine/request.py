@@ -28,7 +28,8 @@ class Request:
     While a step that draws one is under way, the next step may compute that one, whatever it is;
     if it turns out to be a stop id, that was a token too many. A request that is only `reading`
     ends there, with no token drawn. While `more` of its prompt is to come, the last token that is
-    known waits to be computed.
+    known waits to be computed. Its urgency is its priority, or that of a more urgent one that waits
+    for what it reads.
     """
 
     id: str
@@ -41,6 +42,8 @@ class Request:
     salt: str = ""  # its digest
     boundaries: tuple[int, ...] = ()  # positions where messages end
     reading: bool = False
+    priority: int = 0  # the lower, the sooner
+    rank: tuple[int, int] = (0, 0)  # urgency and arrival: who is served before whom
     max_tokens: int = 0
     more: bool = False
     expected: int = 0  # tokens of its prompt, about
@@ -142,6 +145,7 @@ def accept(
         salt=digest or salt_digest(message.salt),
         boundaries=tuple(message.boundaries),
         reading=reading,
+        priority=message.priority,
         chain=chain,
     )
     if isinstance(message, Generate):

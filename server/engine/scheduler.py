@@ -5,13 +5,16 @@ Plain values in, plain values out: the scheduler knows neither a device nor a so
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from model.chunk import Capacity, Copy, Sampled
 from server.engine.admission import Admission
+from server.engine.budget import Budget
 from server.engine.chain import Chain
 from server.engine.checkpoints import Checkpoints
+from server.engine.queue import Queue
 from server.engine.request import Request, accept, extend
 from server.engine.slots import Holdings, saved
 from server.engine.states import States
@@ -21,13 +24,20 @@ from server.protocol import Extend, Generate, Output, Read, Stats
 
 
 class Scheduler:
-    """Every request that has not ended is in exactly one of three queues.
+    """Every request that has not ended is in exactly one of three queues, in the order of rank:
+    the more urgent first, and of one urgency the older.
 
-    waiting: oldest first, nothing held.
-    running: oldest first, each with a slot and the blocks of its positions.
-    swapped: preempted, state saved on the host, youngest first. All of them are younger than any
-             that runs and older than any that waits, because none is admitted before them.
+    waiting: nothing held.
+    running: each with a slot and the blocks of its positions.
+    swapped: preempted, state saved on the host.
+
+    The last of those who run leaves when blocks run out, whoever needs them. To let one in that has
+    no slot or blocks only less urgent ones leave, the last first, and while the host has room. Of
+    one urgency the preempted come in before those who wait. Nobody comes in before anyone more
+    urgent, unless that one waits for a checkpoint, and nobody leaves and comes in in one step.
     """
+
+    REASONS = ("blocks", "priority")  # of preemptions
 
     def __init__(
         self,
@@ -38,17 +48,18 @@ class Scheduler:
         host_bytes: int = 0,
         directory: Path | None = None,
         disk_bytes: int = 0,
+        swap_bytes: int = 0,
+        target_seconds: float | None = None,
     ) -> None:
-        assert max_step_tokens >= 1
-        self.max_step_tokens = max_step_tokens
+        self.budget = Budget(max_step_tokens, target_seconds)
         self.vocab_size = capacity.vocab_size
         self.holdings = Holdings(capacity)
         bounds = [capacity.max_model_len, self.holdings.most_positions]
         self.max_length = min((bound for bound in bounds if bound is not None), default=None)
-        self.waiting: dict[str, Request] = {}
-        self.running: dict[str, Request] = {}
-        self.swapped: dict[str, Request] = {}
-        self.preemptions = 0
+        self.waiting = Queue()
+        self.running = Queue()
+        self.swapped = Queue()
+        self.preemptions: Counter[str] = Counter(dict.fromkeys(self.REASONS, 0))
         self._copies: list[Copy] = []
         self.checkpoints: Checkpoints | None = None
         self.states: States | None = None
@@ -62,7 +73,15 @@ class Scheduler:
                 disk_bytes=disk_bytes,
             )
             self.states = States(self.checkpoints)
-        self.admission = Admission(self.holdings, self.checkpoints, self.running)
+        self.admission = Admission(
+            self.holdings,
+            self.checkpoints,
+            waiting=self.waiting,
+            running=self.running,
+            swapped=self.swapped,
+            swap_bytes=swap_bytes,
+        )
+        self._arrivals = 0
         self._turns = 0
 
     def __contains__(self, id: str) -> bool:
@@ -98,6 +117,8 @@ class Scheduler:
         request.salt = salt or request.salt
         if self.checkpoints is not None:
             self.checkpoints.begin(request)
+        self._arrivals += 1
+        request.rank = (request.priority, self._arrivals)
         self.waiting[request.id] = request
 
     def extend(self, message: Extend) -> list[Output]:
@@ -131,7 +152,7 @@ class Scheduler:
         """Admit who fits and pack the next step. Empty work: there is nothing to do now."""
         if self.checkpoints is not None:
             self.checkpoints.jobs.done()
-            for request in self.running.values():
+            for request in self.running.order:
                 self.checkpoints.take(request)
         admitted = self._admit(now)
         packed = self._pack()
@@ -142,7 +163,7 @@ class Scheduler:
         chunks = [chunk_of(request, packed[request.id]) for request in requests]
         copies = self._copies.copy()
         self._copies.clear()
-        return Work(copies, chunks, requests, admitted)
+        return Work(copies, chunks, requests, admitted, now)
 
     def complete(self, work: Work, sampled: list[Sampled | None]) -> list[Output]:
         """Take the tokens that the work has drawn; who has ended gives everything back.
@@ -194,7 +215,9 @@ class Scheduler:
             slots_total=slots.total,
             blocks_used=blocks.held,
             blocks_total=blocks.total,
-            preemptions=self.preemptions,
+            step_budget=self.budget.given,
+            preemptions=dict(self.preemptions),
+            swapped_bytes=self.admission.swapped_bytes,
             cache=None if self.checkpoints is None else self.checkpoints.stats(),
         )
 
@@ -212,16 +235,19 @@ class Scheduler:
             assert self.holdings.blocks.held == len(kept), "blocks are held and nothing runs"
 
     def _admit(self, now: float) -> list[Request]:
-        """Swapped first, then waiting, both oldest first, while slots and blocks last.
+        """Who comes in, in order, while slots and blocks last.
 
         One is let in only when its known tokens fit beside those of all who run, so that nobody
-        comes in to be preempted at once; checkpoints make room. Into an empty engine anyone fits.
-        Who waits for a checkpoint of another is passed by.
+        comes in to be preempted at once; checkpoints make room, then less urgent requests. Into an
+        empty engine anyone fits. Who waits for a checkpoint of another is passed by. What is left
+        of the room of those who leave is theirs, not that of others who are no more urgent.
         """
-        admitted = []
-        readers = (*self.running.values(), *self.swapped.values())
-        for request in [*reversed(self.swapped.values()), *self.waiting.values()]:
-            if not self.admission.slot():
+        admitted: list[Request] = []
+        left: list[Request] = []
+        candidates = self.admission.candidates()
+        readers = (*self.running.order, *self.swapped.order)
+        for request in candidates:
+            if not self.admission.slot(request) or any(r.rank[0] <= request.rank[0] for r in left):
                 break
             found = None
             if request.id in self.waiting:
@@ -237,11 +263,16 @@ class Scheduler:
                     self._retire(request, found)
                     continue
             if not self.admission.fits(request, found):
-                if self.running:
+                leaving = self.admission.leaving(request, found)
+                if self.running and not leaving:
                     break
-                # it takes all there is on the device, what its own checkpoint holds as well
-                assert self.admission.fits(request, None), "an empty engine has room for anyone"
-                found = self.checkpoints.find(request) if self.checkpoints else None
+                for other in leaving:
+                    self._preempt(other, "priority")
+                left += leaving
+                if not leaving:
+                    # it takes all there is on the device, what its own checkpoint holds as well
+                    assert self.admission.fits(request, None), "an empty engine has room for anyone"
+                    found = self.checkpoints.find(request) if self.checkpoints else None
             if request.id in self.swapped:
                 del self.swapped[request.id]
                 self._copies += self.holdings.restore(request)
@@ -261,14 +292,15 @@ class Scheduler:
     def _pack(self) -> dict[str, int]:
         """How many tokens of whom: one token of all who have one left, then prompts in order.
 
-        If the budget is less than that, turns are taken, the longest unserved first.
+        If the budget is less than that, turns are taken, among equally urgent ones the longest
+        unserved first.
         """
-        ready = [request for request in self.running.values() if request.remaining == 1]
-        reading = [request for request in self.running.values() if request.remaining > 1]
+        ready = [request for request in self.running.order if request.remaining == 1]
+        reading = [request for request in self.running.order if request.remaining > 1]
         order = ready + reading
-        budget = self.max_step_tokens
+        budget = self.budget.give(len(ready))
         if len(ready) >= budget:
-            order.sort(key=lambda request: request.served)
+            order.sort(key=lambda request: (request.rank[0], request.served))
         packed: dict[str, int] = {}
         for request in order:
             if budget == 0:
@@ -276,11 +308,11 @@ class Scheduler:
             if request.id not in self.running:
                 continue  # preempted by one before it in this step
             while (count := self._reach(request, budget)) == 0:
-                youngest = next(reversed(self.running.values()))
-                if youngest is request:
-                    break  # keeps its place until an older one needs it
-                budget += packed.pop(youngest.id, 0)
-                self._preempt(youngest)
+                last = self.running.order[-1]
+                if last is request:
+                    break  # keeps its place until one before it needs it
+                budget += packed.pop(last.id, 0)
+                self._preempt(last, "blocks")
             if count:
                 self.holdings.cover(request, request.computed + count)
                 packed[request.id] = count
@@ -297,11 +329,11 @@ class Scheduler:
             pass
         return count
 
-    def _preempt(self, request: Request) -> None:
+    def _preempt(self, request: Request, reason: str) -> None:
         del self.running[request.id]
         self._copies += self.holdings.save(request)
         self.swapped[request.id] = request
-        self.preemptions += 1
+        self.preemptions[reason] += 1
 
     def _fail(self, request: Request, error: str) -> Output:
         request.finish = "error"

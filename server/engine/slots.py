@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 from model.chunk import Capacity, Copy, Place
 from server.engine.request import Request
@@ -55,6 +55,10 @@ class Pool:
                 del self._owners[number]
                 self._free.append(number)
 
+    def freed(self, numbers: Iterable[int], leaving: Set[str]) -> int:
+        """How many of these nobody would hold any more if those owners left."""
+        return sum(self._owners[number] <= leaving for number in numbers)
+
     def hand_over(self, owner: str, to: str, numbers: Sequence[int]) -> None:
         """Let another hold what `owner` held."""
         self.share(to, numbers)
@@ -75,6 +79,8 @@ class Holdings:
         self.slots = Pool("slot", capacity.slots)
         self.blocks = Pool("block", capacity.blocks)
         self.block_size = capacity.block_size if capacity.blocks else 0
+        self.state_bytes = capacity.state_bytes
+        self.block_bytes = capacity.block_bytes
 
     @property
     def most_positions(self) -> int | None:
@@ -84,6 +90,10 @@ class Holdings:
     def blocks_for(self, positions: int) -> int:
         """How many blocks cover so many positions."""
         return -(-positions // self.block_size) if self.block_size else 0
+
+    def bytes_for(self, positions: int) -> int:
+        """What the state of so many positions takes on the host."""
+        return self.state_bytes + self.blocks_for(positions) * self.block_bytes
 
     def lacking(self, request: Request) -> int:
         """Blocks that a request still lacks for its known and expected tokens and the next one."""

@@ -67,8 +67,7 @@ class Tiers:
 
     def bytes_of(self, position: int) -> int:
         """What a state of so many tokens takes on the host, with its tokens."""
-        blocks = self.holdings.blocks_for(position)
-        return self.capacity.state_bytes + blocks * self.capacity.block_bytes + 4 * position
+        return self.holdings.bytes_for(position) + 4 * position
 
     @property
     def device_bytes(self) -> int:

@@ -18,10 +18,16 @@ class Work:
     chunks: list[Chunk]
     requests: list[Request]  # whose chunk it is, in the same order
     admitted: list[Request]  # who took its first slot, with or without a chunk
+    begun: float  # when it was scheduled
 
     @property
     def tokens(self) -> int:
         return sum(len(chunk.tokens) for chunk in self.chunks)
+
+    @property
+    def rows(self) -> int:
+        """How many of the tokens continue what was generated."""
+        return sum(not chunk.prompt for chunk in self.chunks)
 
     def lose(self) -> None:
         """The step has failed: nothing may be kept of what lies in the slots of these chunks."""

@@ -187,7 +187,7 @@ def test_it_lives_for_its_time(live: Live) -> None:
         ({"text": "a", "ttl": 0}, "ttl"), ({"text": "a", "name": ""}, "name"),
         ({"text": "a", "cache_salt": ""}, "cache_salt"), ({"text": "a", "surprise": 1}, "surprise"),
         ({"messages": TALK, "add_generation_prompt": True}, "add_generation_prompt"),
-        ({"text": "a", "model": "other"}, "model"),
+        ({"text": "a", "model": "other"}, "model"), ({"text": "a", "priority": 1001}, "priority"),
     ],
 )  # fmt: skip
 def test_bodies_that_make_no_sense(live: Live, body: dict, param: str) -> None:

@@ -63,7 +63,7 @@ def test_known_work_is_counted(echo: Live) -> None:
     assert grew("request_generation_tokens_sum") == generated
     assert grew("inter_token_latency_seconds_count") == generated - ends
     eventually(lambda: grew("iteration_tokens_total_sum") >= 12 * (7 + 20 + 7))
-    assert grew("num_preemptions_total") == 0
+    assert grew('num_preemptions_total{reason="blocks"}') == 0
 
 
 def test_gauges(slow: Live) -> None:

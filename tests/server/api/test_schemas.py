@@ -45,6 +45,7 @@ def completion(**fields: Any) -> CompletionBody:
         ("logit_bias", {"1": True}),
         *(("stream", value) for value in (1, "true")),
         *(("stream_options", value) for value in ({"what": 1}, 3)),
+        *(("priority", value) for value in (-1001, 1001, 0.5, "1", True)),
         ("user", "x" * 2000),
         ("model", 3),
     ],

@@ -38,7 +38,7 @@ def capacity(**fields: Any) -> Capacity:
 def generate(
     id: str, prompt: Sequence[int] | int, max_tokens: int = 5, *, logprobs: int | None = None,
     min_tokens: int = 0, stop: Sequence[int] = (), salt: str = "",
-    boundaries: Sequence[int] = (),
+    boundaries: Sequence[int] = (), priority: int = 0,
 ) -> Generate:  # fmt: skip
     """A prompt, or one of so many tokens; greedy."""
     if isinstance(prompt, int):
@@ -52,6 +52,7 @@ def generate(
         stop_token_ids=list(stop),
         salt=salt,
         boundaries=list(boundaries),
+        priority=priority,
     )
 
 
@@ -76,8 +77,9 @@ class Bench:
 
     def __init__(
         self, *, max_step_tokens: int = 64, caching: bool = False, host_bytes: int = 0,
-        directory: Path | None = None, disk_bytes: int = 1 << 30, runner: Any = None,
-        overlap: bool = False, **fields: Any,
+        directory: Path | None = None, disk_bytes: int = 1 << 30, swap_bytes: int = 1 << 30,
+        target_seconds: float | None = None, runner: Any = None, overlap: bool = False,
+        **fields: Any,
     ) -> None:  # fmt: skip
         self.runner = runner or FakeRunner(
             capacity=capacity(**fields), max_step_tokens=max_step_tokens, keep_steps=True,
@@ -87,6 +89,7 @@ class Bench:
         self.scheduler = Scheduler(
             self.runner.capacity, max_step_tokens=max_step_tokens, caching=caching,
             host_bytes=host_bytes, directory=directory, disk_bytes=disk_bytes,
+            swap_bytes=swap_bytes, target_seconds=target_seconds,
         )  # fmt: skip
         self.replies: dict[str, Reply] = {}
         self.outputs: dict[str, list[Output]] = {}

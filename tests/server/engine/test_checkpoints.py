@@ -286,7 +286,7 @@ def test_hybrids_make_room_for_who_runs():
     bench.finish()
     for message in messages:
         assert bench.result(message.id) == alone(message)
-    assert bench.scheduler.preemptions == 0
+    assert bench.scheduler.preemptions["blocks"] == 0
 
 
 def test_a_prompt_that_needs_every_block_gets_them():

@@ -72,7 +72,7 @@ def test_blocks_are_counted_for_all_that_is_expected():
         bench.extend(id, 18, more=False)
     bench.finish()
     assert bench.result("a") == alone(first) and bench.result("bb") == alone(second)
-    assert bench.scheduler.preemptions == 0
+    assert bench.scheduler.preemptions["blocks"] == 0
 
 
 def test_one_that_grows_beyond_what_was_expected_still_ends_well():
@@ -89,7 +89,7 @@ def test_one_that_grows_beyond_what_was_expected_still_ends_well():
     for message in messages:
         bench.extend(message.id, 0, more=False)
     bench.finish()
-    assert bench.scheduler.preemptions > 0
+    assert bench.scheduler.preemptions["blocks"] > 0
     for message in messages:
         assert bench.result(message.id) == alone(message)
 

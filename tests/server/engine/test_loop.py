@@ -195,7 +195,7 @@ def test_preemption_goes_through_the_runner():
     messages = [generate(id, 10, 30) for id in ("a", "bb", "ccc")]
     post.put(*messages)
     run(loop)
-    assert post.sent[-1].stats.preemptions >= 1 and loop.runner.saved == {}
+    assert post.sent[-1].stats.preemptions["blocks"] >= 1 and loop.runner.saved == {}
     for message in messages:
         assert post.result(message.id) == alone(message)
 
@@ -271,6 +271,6 @@ def test_with_overlap_who_is_aborted_or_preempted_leaves_no_trace():
     post.put(Abort(["a"]))
     run(loop)
     assert post.outputs("a")[-1].finish == "abort"
-    assert post.sent[-1].stats.preemptions >= 1 and loop.runner.saved == {}
+    assert post.sent[-1].stats.preemptions["blocks"] >= 1 and loop.runner.saved == {}
     for message in messages[1:]:
         assert post.result(message.id) == alone(message)

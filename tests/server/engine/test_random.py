@@ -12,6 +12,7 @@ from server.protocol import Generate, unpack_tokens
 from tests.server.engine.bench import VOCAB, Bench, alone, generate
 
 DOCUMENTS = [[(7 * i + 13 * n + i // 50) % VOCAB for i in range(400)] for n in range(3)]
+priorities = st.sampled_from([0, 0, 0, -1, 1])
 ids = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12)
 
 
@@ -36,19 +37,24 @@ class Traffic(RuleBasedStateMachine):
 
     @rule(
         prompt=ids, max_tokens=st.integers(1, 20), min_tokens=st.integers(0, 4),
-        stop=st.lists(st.integers(0, VOCAB - 1), max_size=20),
+        stop=st.lists(st.integers(0, VOCAB - 1), max_size=20), priority=priorities,
     )  # fmt: skip
-    def arrive(self, prompt: list[int], max_tokens: int, min_tokens: int, stop: list[int]) -> None:
+    def arrive(
+        self, prompt: list[int], max_tokens: int, min_tokens: int, stop: list[int], priority: int
+    ) -> None:
         message = generate(
-            str(len(self.sent)), prompt, max_tokens, min_tokens=min_tokens, stop=stop
-        )
+            str(len(self.sent)), prompt, max_tokens, min_tokens=min_tokens, stop=stop,
+            priority=priority,
+        )  # fmt: skip
         self.sent[message.id] = message
         self.bench.add(message)
 
-    @rule(prompt=ids, known=st.integers(1, 12), max_tokens=st.integers(1, 20))
-    def begin(self, prompt: list[int], known: int, max_tokens: int) -> None:
+    @rule(
+        prompt=ids, known=st.integers(1, 12), max_tokens=st.integers(1, 20), priority=priorities
+    )  # fmt: skip
+    def begin(self, prompt: list[int], known: int, max_tokens: int, priority: int) -> None:
         """One arrives whose prompt is not all there."""
-        message = generate(str(len(self.sent)), prompt, max_tokens)
+        message = generate(str(len(self.sent)), prompt, max_tokens, priority=priority)
         self.sent[message.id] = message
         self.bench.begin(message, min(known, len(prompt)))
 
@@ -117,28 +123,29 @@ class Readers(Traffic):
     @rule(
         document=st.integers(0, 2), length=st.integers(0, 400), prompt=ids,
         max_tokens=st.integers(1, 40), boundaries=st.lists(st.integers(0, 400), max_size=3),
-        salt=st.sampled_from(["", "", "", "salt"]),
+        salt=st.sampled_from(["", "", "", "salt"]), priority=priorities,
     )  # fmt: skip
     def read(
         self, document: int, length: int, prompt: list[int], max_tokens: int,
-        boundaries: list[int], salt: str,
+        boundaries: list[int], salt: str, priority: int,
     ) -> None:  # fmt: skip
         message = generate(
             str(len(self.sent)), [*DOCUMENTS[document][:length], *prompt], max_tokens,
-            boundaries=boundaries, salt=salt,
+            boundaries=boundaries, salt=salt, priority=priority,
         )  # fmt: skip
         self.sent[message.id] = message
         self.bench.add(message)
 
     @rule(
         document=st.integers(0, 2), length=st.integers(0, 400), prompt=ids,
-        known=st.integers(1, 400), max_tokens=st.integers(1, 40),
+        known=st.integers(1, 400), max_tokens=st.integers(1, 40), priority=priorities,
     )  # fmt: skip
     def begin_to_read(
-        self, document: int, length: int, prompt: list[int], known: int, max_tokens: int
-    ) -> None:
+        self, document: int, length: int, prompt: list[int], known: int, max_tokens: int,
+        priority: int,
+    ) -> None:  # fmt: skip
         tokens = [*DOCUMENTS[document][:length], *prompt]
-        message = generate(str(len(self.sent)), tokens, max_tokens)
+        message = generate(str(len(self.sent)), tokens, max_tokens, priority=priority)
         self.sent[message.id] = message
         self.bench.begin(message, min(known, len(tokens)))
 
