@@ -8,7 +8,6 @@ which can be ended at any time: a line of settings on stdin, a line of JSON on s
 from __future__ import annotations
 
 import glob
-import json
 import os
 import signal
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 import msgspec
 from huggingface_hub import errors, snapshot_download
 
+from model.index import indexed_files
 from model.progress import Progress
 from server import __version__
 from server.logs import configure, log
@@ -72,7 +72,11 @@ class Repository:
         path = self._fetch(self.revision, *DESCRIPTION, index)
         if not (path / "config.json").is_file():
             raise self._error("there is no config.json in it")
-        self._fetch(path.name, *_shards(path / index, kind))  # of the same commit
+        try:
+            shards = _shards(path / index, kind)
+        except ValueError as error:
+            raise self._error(str(error)) from error
+        self._fetch(path.name, *shards)  # of the same commit
         if not list(path.glob(f"*.{kind}")):
             hint = "" if pickles else "; `steadystate convert` makes them of pickles"
             raise self._error(f"there are no *.{kind} files at its top{hint}")
@@ -121,11 +125,12 @@ class Repository:
 
 
 def _shards(index: Path, kind: str) -> list[str]:
-    """Patterns for the weight files that an index names, or for all where there is none."""
+    """Patterns for the weight files that an index names, or for all where there is none.
+
+    Raises ValueError for an index that is none."""
     if not index.is_file():
         return [f"*.{kind}"]
-    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return [glob.escape(name) for name in sorted(names) if name.endswith(f".{kind}")]
+    return [glob.escape(name) for name in indexed_files(index) if name.endswith(f".{kind}")]
 
 
 def _line(error: Exception) -> str:

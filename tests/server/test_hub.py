@@ -189,6 +189,10 @@ def test_a_download_that_broke_off_goes_on_where_it_ended(hub: Hub) -> None:
         ({"model.safetensors": b""}, "no config.json"),
         ({"config.json": b"{}", "pytorch_model.bin": b""}, r"no \*.safetensors"),
         ({"config.json": b"{}", "sub/model.safetensors": b""}, r"no \*.safetensors"),
+        (
+            {"config.json": b"{}", "a.safetensors": b"", "model.safetensors.index.json": b"[]"},
+            "weight_map must be an object",
+        ),
     ],
 )
 def test_repositories_that_are_no_checkpoints(
