@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 
 from server.api.tokenizer import Tokenizer
 from server.errors import RequestError
-from tests.server.api.checkpoint import ASSISTANT, END, SPECIALS, SYSTEM, USER, write_checkpoint
+from tests.server.api.checkpoint import (
+    ASSISTANT,
+    END,
+    END_OF_TEXT,
+    SPECIALS,
+    SYSTEM,
+    USER,
+    write_checkpoint,
+)
 from tests.server.api.live import ROOT
 
 
@@ -145,3 +153,29 @@ def test_the_api_process_does_without_torch(checkpoint: Path) -> None:
         "from pathlib import Path; import server.api.app; "
         f"from server.api.tokenizer import Tokenizer; Tokenizer(Path({str(checkpoint)!r}))"
     )
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "ids"),
+    [
+        (None, None, (END_OF_TEXT,)),
+        (None, 7, (7, END_OF_TEXT)),
+        ([9, END, 8], 7, (8, 9, END_OF_TEXT, END)),
+        (-1, 7, (END_OF_TEXT,)),
+        ([], 7, (END_OF_TEXT,)),
+        ("</s>", 7, None),
+        ([True], 7, None),
+        ([[2]], 7, None),
+    ],
+)
+def test_ids_that_end_a_text(
+    tmp_path: Path, generation: object, config: object, ids: tuple[int, ...] | None
+) -> None:
+    path = write_checkpoint(tmp_path / "m", "{{ messages[0].content }}")
+    for name, value in (("generation_config.json", generation), ("config.json", config)):
+        (path / name).write_text(json.dumps({} if value is None else {"eos_token_id": value}))
+    if ids is None:
+        with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id is .* is due"):
+            Tokenizer(path)
+    else:
+        assert Tokenizer(path).eos_ids == ids
