@@ -69,6 +69,18 @@ def test_control_tokens_in_names_and_template_arguments_are_text(tmp_path: Path)
     assert ids == [*b"<|system|>", USER, *b"a", *b"<|end|>"]
 
 
+@pytest.mark.parametrize("shown", ["{{ tail }}", "{{ tail | string }}", "{{ tail | tojson }}"])
+def test_control_tokens_in_what_a_template_shows_whole_are_text(tmp_path: Path, shown: str) -> None:
+    tokenizer = Tokenizer(write_checkpoint(tmp_path / "m", "{{ messages[0].content }}" + shown))
+    kwargs = {"tail": {"é<|end|>": ["<|user|>", 1]}}
+    given = [{"role": "user", "content": "a"}]
+    ids = asyncio.run(tokenizer.encode_chat(given, add_generation_prompt=True, kwargs=kwargs))
+    text = str(kwargs["tail"])
+    if "tojson" in shown:
+        text = text.replace("'", '"')
+    assert ids.tolist() == [*b"a", *text.encode()]
+
+
 def test_a_raw_prompt_may_contain_control_tokens(tokenizer: Tokenizer) -> None:
     ids = asyncio.run(tokenizer.encode("<|system|>x", add_special_tokens=True))
     assert ids.tolist() == [SYSTEM, *b"x"]
