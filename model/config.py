@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ class Fields:
         path = directory / "config.json"
         if not path.is_file():
             raise ConfigError(f"no config.json in {directory}: not a checkpoint directory")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{path} is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds a {type(values).__name__}, an object is due")
         return cls(values, str(path))
@@ -56,12 +60,27 @@ class Fields:
             raise self.fail(name, "true or false")
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
-        """A number."""
+    def number(self, name: str, default: float | None = None, *, above: float = -math.inf) -> float:
+        """A finite number above `above`."""
         value = self.values.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.fail(name, "a number")
-        return float(value)
+        number = float(value) if isinstance(value, int | float) else math.nan
+        if isinstance(value, bool) or not above < number < math.inf:
+            bound = "" if above == -math.inf else f" above {above:g}"
+            raise self.fail(name, f"a finite number{bound}")
+        return number
+
+    def rope(self) -> Fields:
+        """The fields that say how heads turn: those of rope_parameters, which transformers 5
+        writes, over those of config.json itself. No kind but the default is implemented."""
+        self.only("rope_scaling", None)
+        given = self.values.get("rope_parameters") or {}
+        if (
+            not isinstance(given, dict)
+            or given.get("rope_type", "default") != "default"
+            or any(isinstance(value, dict) for value in given.values())
+        ):
+            raise self.fail("rope_parameters", "an object with rope_type 'default'")
+        return Fields(self.values | given, self.source)
 
     def only(self, name: str, *allowed: object) -> None:
         """The field, where it is there, must have one of the values that are implemented."""

@@ -7,6 +7,7 @@ what that refuses is refused here.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -14,10 +15,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from model.index import indexed_files
 from model.progress import Progress
 from model.weights import WeightsError, weight_files
 
 INDEX = "pytorch_model.bin.index.json"
+UNPICKLER = re.compile(r"WeightsUnpickler error: (.+?)(?:\. |\n|$)")
 
 
 def convert_weights(source: Path, target: Path) -> list[str]:
@@ -45,6 +48,10 @@ def convert_weights(source: Path, target: Path) -> list[str]:
             size += sum(tensor.nbytes for tensor in tensors.values())
             progress.update(path.stat().st_size)
     files = sorted(set(written.values()))
+    if not files:
+        raise WeightsError(
+            f"{source}: there are no tensors in {', '.join(p.name for p in pickles)}"
+        )
     if files != ["model.safetensors"]:
         index = {"metadata": {"total_size": size}, "weight_map": written}
         text = json.dumps(index, indent=2) + "\n"
@@ -57,9 +64,12 @@ def _pickles(source: Path) -> list[Path]:
     index = source / INDEX
     if not index.is_file():
         return sorted(source.glob("pytorch_model*.bin"))
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    try:
+        names = indexed_files(index)
+    except ValueError as error:
+        raise WeightsError(str(error)) from error
     for name in names:
-        if Path(name).name != name or not (source / name).is_file():
+        if not (source / name).is_file():
             raise WeightsError(f"{index} names {name!r}, which is not in its directory")
     return [source / name for name in names]
 
@@ -72,7 +82,9 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
     except Exception as error:  # whatever is wrong with it, it does not load
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        refusal = UNPICKLER.search(str(error))  # what PyTorch says around it is how to load it
+        reason = refusal[1] if refusal else str(error).strip().partition("\n")[0]
+        reason = reason or type(error).__name__
         raise WeightsError(f"{path} does not load safely: {reason}") from error
     if not isinstance(found, dict):
         raise WeightsError(f"{path} holds a {type(found).__name__}, tensors by name are due")
@@ -82,8 +94,8 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             kind = type(tensor).__name__
             raise WeightsError(f"{path}: {name!r} is a {kind}, a tensor by its name is due")
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            raise WeightsError(f"{path}: {name} is sparse or quantised, a dense tensor is due")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise WeightsError(f"{path}: {name} is sparse, quantised or empty, numbers are due")
         memory = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
         key = *memory, tensor.dtype, tensor.shape, tensor.stride()
         if tensor.numel() and key in seen:

@@ -8,7 +8,6 @@ quantised become so piece by piece on their way: the device never holds them who
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
@@ -19,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kernels.quantize import Quantized, Weight
+from model.index import indexed_files
 from model.names import folded
 from model.progress import Progress
 
@@ -109,8 +109,8 @@ class Parameters:
     def fill(self, directory: Path, *, ignore: re.Pattern[str]) -> None:
         """Copy every tensor of the checkpoint to its place, shard by shard.
 
-        Raises WeightsError that names all missing, left-over and misshapen tensors. Names that
-        `ignore` matches whole are passed over.
+        Raises WeightsError that names all missing, left-over, doubled and misshapen tensors. Names
+        that `ignore` matches whole are passed over.
         """
         missing = dict(self.places)
         left_over: list[str] = []
@@ -124,7 +124,9 @@ class Parameters:
                         if ignore.fullmatch(name):
                             continue
                         place = missing.pop(name, None)
-                        if place is None:
+                        if place is None and name in self.places:
+                            wrong.append(f"{name}: twice, again in {path.name}")
+                        elif place is None:
                             left_over.append(name)
                         elif fault := _fault(file, name, place):
                             wrong.append(fault)
@@ -183,10 +185,10 @@ def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint, those of the index where there is one."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
-            raise WeightsError(f"{index} names a file outside its directory")
-        files = [directory / name for name in names]
+        try:
+            files = [directory / name for name in indexed_files(index)]
+        except ValueError as error:
+            raise WeightsError(str(error)) from error
     else:
         files = sorted(directory.glob("*.safetensors"))
     if not files:

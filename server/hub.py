@@ -8,7 +8,6 @@ which can be ended at any time: a line of settings on stdin, a line of JSON on s
 from __future__ import annotations
 
 import glob
-import json
 import os
 import signal
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 import msgspec
 from huggingface_hub import errors, snapshot_download
 
+from model.index import indexed_files
 from model.progress import Progress
 from server import __version__
 from server.logs import configure, log
@@ -30,7 +30,9 @@ DESCRIPTION = (
     *("added_tokens.json", "vocab.json", "merges.txt"),
     *("chat_template.jinja", "chat_template.json"),
 )
-PICKLES = "pytorch_model.bin.index.json"
+SAFETENSORS = "model.safetensors.index.json", "*.safetensors"  # index, and files without one
+PICKLES = "pytorch_model.bin.index.json", "pytorch_model*.bin"
+PAPERS = "LICENSE*", "README.md"
 
 
 class Download(Progress):
@@ -63,20 +65,43 @@ class Repository:
             "tqdm_class": Download,
         }
 
-    def checkpoint(self, *, pickles: bool = False) -> Path:
-        """A local directory with everything that serving reads.
+    def checkpoint(self) -> Path:
+        """A local directory with everything that serving reads. Raises HubError."""
+        path = self._described()
+        if not self._weights(path, *SAFETENSORS):
+            raise self._error(
+                "there are no *.safetensors files at its top; `steadystate convert` makes them of "
+                "pickles"
+            )
+        return path
 
-        With pickles, the weights are *.bin files, for who converts them. Raises HubError.
-        """
-        kind, index = ("bin", PICKLES) if pickles else ("safetensors", DESCRIPTION[2])
-        path = self._fetch(self.revision, *DESCRIPTION, index)
+    def release(self) -> Path:
+        """A local directory with everything that converting reads: weights in pickles, or where
+        there are none in safetensors. Raises HubError."""
+        path = self._described(PICKLES[0], *PAPERS)
+        if not self._weights(path, *PICKLES) and not self._weights(path, *SAFETENSORS):
+            raise self._error(f"there are no {PICKLES[1]} or {SAFETENSORS[1]} files at its top")
+        return path
+
+    def _described(self, *more: str) -> Path:
+        """A local directory with everything but weights, and more files that match."""
+        path = self._fetch(self.revision, *DESCRIPTION, *more)
         if not (path / "config.json").is_file():
             raise self._error("there is no config.json in it")
-        self._fetch(path.name, *_shards(path / index, kind))  # of the same commit
-        if not list(path.glob(f"*.{kind}")):
-            hint = "" if pickles else "; `steadystate convert` makes them of pickles"
-            raise self._error(f"there are no *.{kind} files at its top{hint}")
         return path
+
+    def _weights(self, path: Path, index: str, pattern: str) -> bool:
+        """Fetch the weight files that an index names, or without one those that match, of the same
+        commit. Whether there are any."""
+        names = [pattern]
+        if (path / index).is_file():
+            try:
+                named = indexed_files(path / index)
+            except ValueError as error:
+                raise self._error(str(error)) from error
+            names = [glob.escape(name) for name in named if name.endswith(Path(pattern).suffix)]
+        self._fetch(path.name, *names)
+        return any(any(path.glob(name)) for name in names)
 
     def config(self) -> Path:
         """A local directory with config.json. Raises HubError."""
@@ -118,14 +143,6 @@ class Repository:
     def _error(self, why: str) -> HubError:
         revision = self.revision or "main"
         return HubError(f"model {self.id!r} at revision {revision!r} on the hub: {why}")
-
-
-def _shards(index: Path, kind: str) -> list[str]:
-    """Patterns for the weight files that an index names, or for all where there is none."""
-    if not index.is_file():
-        return [f"*.{kind}"]
-    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return [glob.escape(name) for name in sorted(names) if name.endswith(f".{kind}")]
 
 
 def _line(error: Exception) -> str:

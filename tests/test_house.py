@@ -18,7 +18,7 @@ DOORS = {
     "server/cli/plan.py": ("model.plan", "model.config"),
     "server/cli/convert.py": ("model.convert",),
 }
-WORDS = ("model.chunk", "model.progress")  # what they share
+WORDS = ("model.chunk", "model.index", "model.progress")  # what they share
 ONLY_IN = {"triton": ("kernels",), "fastapi": ("server",), "torch": ("model", "kernels")}
 
 

@@ -75,7 +75,7 @@ class BailingConfig:
         fields.only("linear_silu", False)
         fields.only("use_linear_silu", False)
         fields.only("linear_rope", True)
-        fields.only("rope_scaling", None)
+        rope = fields.rope()
         fields.only("score_function", "sigmoid")
         fields.only("router_dtype", "fp32")
         fields.only("moe_router_enable_expert_bias", True)
@@ -89,7 +89,7 @@ class BailingConfig:
         head_dim = fields.optional_integer("head_dim") or hidden // heads
         rotary_dim = fields.optional_integer("rotary_dim")
         if rotary_dim is None:
-            rotary_dim = int(head_dim * fields.number("partial_rotary_factor", 1.0))
+            rotary_dim = int(head_dim * rope.number("partial_rotary_factor", 1.0, above=0))
         if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
             name = "rotary_dim" if "rotary_dim" in fields.values else "partial_rotary_factor"
             raise fields.fail(name, f"an even number of dimensions up to {head_dim}")
@@ -114,8 +114,8 @@ class BailingConfig:
             kv_heads=kv_heads,
             head_dim=head_dim,
             rotary_dim=rotary_dim,
-            rope_theta=fields.number("rope_theta"),
-            eps=fields.number("rms_norm_eps"),
+            rope_theta=rope.number("rope_theta", above=0),
+            eps=fields.number("rms_norm_eps", above=0),
             vocab_size=fields.integer("vocab_size"),
             max_positions=fields.integer("max_position_embeddings"),
             tied=fields.flag("tie_word_embeddings", False),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +117,7 @@ class MiniMaxConfig:
         fields.without("decay_layer_factor", "only one is published for this architecture")
         fields.only("postnorm", True)
         fields.only("shared_intermediate_size", 0, None)
-        fields.only("rope_scaling", None)
+        rope = fields.rope()
         if layout is ORIGINAL:
             fields.only("sliding_window", None)
         hidden = fields.integer("hidden_size")
@@ -127,13 +126,9 @@ class MiniMaxConfig:
         if heads % kv_heads:
             raise fields.fail("num_key_value_heads", f"a divisor of {heads}")
         head_dim = fields.optional_integer("head_dim") or hidden // heads
-        rope: Any = fields.values.get("rope_parameters") or {}
-        if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
-            raise fields.fail("rope_parameters", "rope_type 'default'")
-        rope = Fields({"rope_theta": fields.values.get("rope_theta", 1e6)} | rope, fields.source)
         rotary_dim = fields.optional_integer("rotary_dim")
         if rotary_dim is None:  # transformers turns the whole head
-            rotary_dim = int(head_dim * rope.number("partial_rotary_factor", 1.0))
+            rotary_dim = int(head_dim * rope.number("partial_rotary_factor", 1.0, above=0))
         if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
             raise fields.fail("rotary_dim", f"an even number up to {head_dim}")
         experts = fields.integer("num_local_experts", 8)
@@ -159,10 +154,10 @@ class MiniMaxConfig:
             vocab_size=fields.integer("vocab_size"),
             experts=experts,
             experts_per_token=top,
-            eps=fields.number("rms_norm_eps", 1e-5),
+            eps=fields.number("rms_norm_eps", 1e-5, above=0),
             layers=_layers(fields, layout, "window" if window else "softmax"),
             window=window,
-            rope_theta=rope.number("rope_theta"),
+            rope_theta=rope.number("rope_theta", 1e6, above=0),
             max_positions=fields.integer("max_position_embeddings", 1 << 40),
             tied=fields.flag("tie_word_embeddings", False),
             alpha_beta=alpha_beta | {"window": alpha_beta["softmax"]},

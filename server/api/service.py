@@ -195,7 +195,7 @@ def sampling_defaults(path: Path) -> dict[str, float]:
     An explicit "do_sample": false means greedy. Values out of range are left out.
     """
     file = path / "generation_config.json"
-    config = json.loads(file.read_text()) if file.is_file() else {}
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     ranges = {
         "temperature": (0, 2),
         "top_p": (1e-9, 1),
@@ -206,7 +206,7 @@ def sampling_defaults(path: Path) -> dict[str, float]:
     defaults = {
         name: config[name]
         for name, (low, high) in ranges.items()
-        if isinstance(config.get(name), int | float) and low <= config[name] <= high
+        if type(config.get(name)) in (int, float) and low <= config[name] <= high
     }
     if config.get("do_sample") is False:
         defaults["temperature"] = 0.0

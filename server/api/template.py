@@ -127,10 +127,11 @@ class ChatTemplate:
         """Text with its stand-ins, a mark and a character each, replaced by what they stand for."""
         stand_in = re.compile(f"{mark}([\U000f0000-\U000ffffd])")
         text = stand_in.sub(lambda found: self.names[ord(found[1]) - 0xF0000], text)
-        escaped = _escaped(mark)  # where a template asks for JSON in ASCII
+        escaped = _escaped(mark)  # in JSON in ASCII, and where a template shows a dict
         if escaped in text:
             for index, name in enumerate(self.names):
-                text = text.replace(escaped + _escaped(chr(0xF0000 + index)), _escaped(name))
+                for written in _escaped, _shown:
+                    text = text.replace(escaped + written(chr(0xF0000 + index)), written(name))
             text = text.replace(escaped, "")
         return text.replace(mark, "")
 
@@ -225,3 +226,8 @@ def _source(tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]] | No
 def _escaped(text: str) -> str:
     """As it stands inside a JSON string in ASCII."""
     return json.dumps(text)[1:-1]
+
+
+def _shown(text: str) -> str:
+    """As it stands inside a string of a dict that is written as Python shows it."""
+    return repr(text)[1:-1]

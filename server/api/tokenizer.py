@@ -292,12 +292,21 @@ def _without(spec: dict[str, Any], controls: Mapping[str, int]) -> dict[str, Any
 
 
 def _eos_ids(path: Path, of_tokenizer: int | None) -> tuple[int, ...]:
-    """Ids that end a text: the tokenizer's, and generation_config.json's, else config.json's."""
+    """Ids that end a text: the tokenizer's, and generation_config.json's, else config.json's.
+
+    Negative ones stand for none. Raises ValueError for what are no ids.
+    """
     ids = set() if of_tokenizer is None else {of_tokenizer}
     for name in ("generation_config.json", "config.json"):
         file = path / name
-        given = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        given = content.get("eos_token_id") if isinstance(content, dict) else None
         if given is not None:
-            ids.update(given if isinstance(given, list) else [given])
+            listed = given if isinstance(given, list) else [given]
+            if not all(type(id) is int for id in listed):
+                raise ValueError(
+                    f"{file}: eos_token_id is {given!r}, an id or a list of ids is due"
+                )
+            ids.update(id for id in listed if id >= 0)
             break
     return tuple(sorted(ids))

@@ -61,7 +61,7 @@ def run(settings: Settings, target: Path) -> int:
         if settings.hub_id is not None:
             from server.hub import Repository
 
-            source = Repository(settings).checkpoint(pickles=True)
+            source = Repository(settings).release()
         if not (source / "config.json").is_file():
             raise ValueError(f"SOURCE: no config.json in {str(source)!r}")
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -126,7 +126,7 @@ def _gpu_bytes(name: str, known: dict[str, int]) -> int:
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.isdecimal() else 0
     if not 1 <= value <= 1 << 40:
         raise argparse.ArgumentTypeError(f"from 1 to {1 << 40}, got {text}")
     return value

@@ -6,9 +6,8 @@ import torch
 from kernels import linear as module
 from kernels.linear import linear, linear_reference
 from kernels.quantize import LIMITS, quantized
-from tests.kernels.cases import error
+from tests.kernels.cases import PRODUCTS, error, product_bound
 
-BOUND = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 5e-3}
 KINDS = pytest.mark.parametrize("codes", [None, *LIMITS], ids=str)
 
 
@@ -20,7 +19,7 @@ def test_linear(device, codes, dtype, T, N, K):
     w = w if codes is None else quantized(w, codes)
     y = linear(x, w)
     assert y.dtype == dtype and y.shape == (T, N)
-    assert T == 0 or error(y, linear_reference(x, w)) <= BOUND[dtype]
+    assert T == 0 or error(y, linear_reference(x, w)) <= product_bound(dtype, codes, device)
 
 
 @pytest.mark.parametrize("codes", LIMITS, ids=str)
@@ -40,7 +39,7 @@ def test_ways_of_the_gpu(codes, T):
     for N, K in ((256, 128), (250, 120)):
         x = torch.randn(T, K, device="cuda", dtype=torch.bfloat16)
         w = quantized(torch.randn(N, K, device="cuda"), codes)
-        assert error(linear(x, w), linear_reference(x, w)) <= BOUND[x.dtype]
+        assert error(linear(x, w), linear_reference(x, w)) <= PRODUCTS[x.dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -50,4 +49,4 @@ def test_some_outputs_at_a_time(dtype, monkeypatch):
     x = torch.randn(40, 48, device=device).to(dtype)
     w = quantized(torch.randn(700, 48, device=device), torch.int8)
     monkeypatch.setattr(module, "SLICE", 48 * 300)
-    assert error(module._sliced(x, w), linear_reference(x, w)) <= BOUND[dtype]
+    assert error(module._sliced(x, w), linear_reference(x, w)) <= PRODUCTS[dtype]

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from benchmarks.decay import compare
-from model.config import ConfigError
+from model.config import ConfigError, Fields
 from model.experts import grouped_sigmoid_route
-from model.families.bailing import Bailing, LightningMixer
+from model.families.bailing import Bailing, BailingConfig, LightningMixer
 from model.runner import ModelRunner
 from model.weights import fingerprint
 from server.engine.__main__ import load as engine_load
@@ -28,6 +28,10 @@ from tests.model.harness import Sequence, load, logits_of, prompt
         ("use_bias", True),
         ("linear_silu", True),
         ("rope_scaling", {"type": "yarn", "factor": 4.0}),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 4.0}),
+        ("rope_theta", True),
+        ("partial_rotary_factor", float("inf")),
+        ("rms_norm_eps", 0),
         ("score_function", "softmax"),
         ("moe_router_enable_expert_bias", False),
         ("num_nextn_predict_layers", 1),
@@ -46,6 +50,15 @@ def test_a_bad_config_names_the_field(tmp_path: Path, field: str, value: object)
     file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
     with pytest.raises(ConfigError, match=f"{field} is {re.escape(repr(value))}"):
         load(tmp_path)
+
+
+def test_rotary_fields_as_transformers_5_writes_them(tmp_path: Path) -> None:
+    bailing.write(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    moved = {name: values.pop(name) for name in ("rope_theta", "partial_rotary_factor")}
+    nested = values | {"rope_parameters": moved | {"rope_type": "default"}}
+    assert BailingConfig.parse(Fields(nested)) == BailingConfig.parse(Fields(values | moved))
 
 
 @pytest.mark.parametrize("other", ["BailingMoeV3ForCausalLM", "BailingMoeV2_5ForCausalLM"])

@@ -79,6 +79,8 @@ def change(path: Path, **changes: object) -> None:
         ("layer_types", [LIGHTNING]),
         ("num_key_value_heads", 3),
         ("rotary_dim", 7),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 4.0}),
+        ("rope_parameters", {"full_attention": {"rope_theta": 1e6}}),
         ("postnorm", False),
     ],
 )
@@ -98,6 +100,9 @@ def test_a_bad_config_names_the_field(tmp_path: Path, field: str, value: object)
         ("shared_intermediate_size", 64),
         ("sliding_window", 4096),
         ("rope_scaling", {"type": "yarn"}),
+        ("rope_theta", 0),
+        ("rms_norm_eps", -1e-5),
+        ("layernorm_mlp_alpha", float("inf")),
         ("rotary_dim", 18),
     ],
 )

@@ -240,7 +240,7 @@ def test_in_bfloat16_with_graphs(path: Path, quantization: str) -> None:
     )
     ids = prompt(40)
     error = off(logits_everywhere(small, ids), logits_everywhere(whole, ids))
-    assert error < 1.5 * bound(path, quantization)
+    assert error < 2 * bound(path, quantization)  # bfloat16 itself is 0.01 to 0.03 off
     again = Sequence(small, ids, 4)
     for _ in ids[1:]:
         small.step([again.chunk(1)])

@@ -115,6 +115,10 @@ def test_fingerprint_names_the_checkpoint(path: Path, tmp_path: Path) -> None:
 def test_a_directory_without_weights_is_refused(path: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.json"):
         load(tmp_path)
+    for text, reason in (("{", "is not JSON"), ("[]", "holds a list, an object is due")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match=rf"config\.json {reason}"):
+            load(tmp_path)
     (tmp_path / "config.json").write_bytes((path / "config.json").read_bytes())
     with pytest.raises(WeightsError, match=r"no \*\.safetensors file"):
         load(tmp_path)

@@ -127,6 +127,37 @@ def test_every_wrong_tensor_is_named(tmp_path: Path) -> None:
     assert "buffer" not in message
 
 
+def test_a_tensor_in_two_files_is_named(tmp_path: Path) -> None:
+    write_shards(tmp_path, [{"a": torch.ones(4)}, {"a": torch.zeros(4)}])
+    (tmp_path / "model.safetensors.index.json").unlink()
+    parameters = Parameters(CPU, torch.float32)
+    parameters.tensor("a", 4)
+    with pytest.raises(WeightsError, match=r"a: twice, again in model-00001\.safetensors"):
+        parameters.fill(tmp_path, ignore=NOTHING)
+
+
+@pytest.mark.parametrize(
+    ("index", "reason"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "weight_map must be an object"),
+        ("{}", "weight_map must be an object"),
+        ('{"weight_map": ["model-00000.safetensors"]}', "weight_map must be an object"),
+        ('{"weight_map": {"a": 3}}', "weight_map must be an object"),
+        ('{"weight_map": {"a": "../model-00000.safetensors"}}', "not in its directory"),
+        ('{"weight_map": {"a": ".."}}', "not in its directory"),
+        ('{"weight_map": {"a": ""}}', "not in its directory"),
+        ('{"weight_map": {"a": "other.safetensors"}}', "other.safetensors is named in the index"),
+        ('{"weight_map": {}}', r"no \*\.safetensors file"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(tmp_path: Path, index: str, reason: str) -> None:
+    write_shards(tmp_path, [{"a": torch.ones(4)}])
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(WeightsError, match=reason):
+        weights.weight_files(tmp_path)
+
+
 def test_folded_names_spell_all_names_and_no_other() -> None:
     names = {f"a.{i}.b.{j}" for i in range(9) for j in range(i % 3, 7)} | {
         "a.b",

@@ -189,6 +189,10 @@ def test_a_download_that_broke_off_goes_on_where_it_ended(hub: Hub) -> None:
         ({"model.safetensors": b""}, "no config.json"),
         ({"config.json": b"{}", "pytorch_model.bin": b""}, r"no \*.safetensors"),
         ({"config.json": b"{}", "sub/model.safetensors": b""}, r"no \*.safetensors"),
+        (
+            {"config.json": b"{}", "a.safetensors": b"", "model.safetensors.index.json": b"[]"},
+            "weight_map must be an object",
+        ),
     ],
 )
 def test_repositories_that_are_no_checkpoints(
@@ -203,11 +207,11 @@ def test_repositories_that_are_no_checkpoints(
 def test_pickles_are_fetched_only_for_who_asks(hub: Hub) -> None:
     index = {"weight_map": {"a": "pytorch_model-1.bin"}}
     files = {"config.json": b"{}", "pytorch_model-1.bin": b"1", "training_args.bin": b"2"}
-    files["pytorch_model.bin.index.json"] = json.dumps(index).encode()
+    files |= {"pytorch_model.bin.index.json": json.dumps(index).encode(), "LICENSE": b"free"}
     hub.repos["org/small"] = Repo({**files, "model.safetensors": b"3", "evil.py": b"4"})
     code = (
         "from server.hub import Repository; from server.settings import Settings;"
-        "print(Repository(Settings(model='org/small')).checkpoint(pickles=True))"
+        "print(Repository(Settings(model='org/small')).release())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert names(Path(done.stdout.strip())) == sorted({*files} - {"training_args.bin"})
@@ -215,6 +219,7 @@ def test_pickles_are_fetched_only_for_who_asks(hub: Hub) -> None:
 
 def test_a_release_is_converted_from_the_hub(hub: Hub, tmp_path: Path) -> None:
     RELEASES["TransNormerLLM"].write(tmp_path / "release")
+    (tmp_path / "release" / "LICENSE").write_text("as it was")
     hub.repos["org/normer"] = Repo(
         {name: (tmp_path / "release" / name).read_bytes() for name in names(tmp_path / "release")}
     )
@@ -222,11 +227,18 @@ def test_a_release_is_converted_from_the_hub(hub: Hub, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "server", "convert", "org/normer", str(target)]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE)
     made = names(target)
-    assert {"model.safetensors.index.json", "tokenizer.json", "config.json"} <= {*made}
+    files = {"model.safetensors.index.json", "tokenizer.json", "config.json", "LICENSE"}
+    assert files <= {*made}
     assert not any(name.endswith((".py", ".bin")) for name in made)
     assert not any(path.endswith(".py") for path in hub.paths())
     with pytest.raises(ValueError, match="`steadystate convert` makes them of pickles"):
         get(model="org/normer")
+    # safetensors with a SentencePiece tokenizer
+    kept = {name: (target / name).read_bytes() for name in made if name != "tokenizer.json"}
+    hub.repos["org/safe"] = Repo(kept)
+    command[-2:] = "org/safe", str(tmp_path / "again")
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE)
+    assert names(tmp_path / "again") == made
 
 
 @pytest.mark.parametrize(
@@ -279,9 +291,9 @@ def test_health_is_answered_and_failure_told_while_a_model_is_fetched(hub: Hub) 
 
     process = Process(Path("org/none"))
     try:
-        response = httpx.get(process.live.url + "/health")
+        response = httpx.get(process.live.url + "/health", timeout=60)
         assert response.status_code == 503 and response.json()["status"] == "starting"
-        assert process.wait() == 1
+        assert process.wait(60) == 1
         assert any("'org/none' at revision 'main'" in line for line in process.log)
     finally:
         process.close()

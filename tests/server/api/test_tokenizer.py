@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 
 from server.api.tokenizer import Tokenizer
 from server.errors import RequestError
-from tests.server.api.checkpoint import ASSISTANT, END, SPECIALS, SYSTEM, USER, write_checkpoint
+from tests.server.api.checkpoint import (
+    ASSISTANT,
+    END,
+    END_OF_TEXT,
+    SPECIALS,
+    SYSTEM,
+    USER,
+    write_checkpoint,
+)
 from tests.server.api.live import ROOT
 
 
@@ -59,6 +67,18 @@ def test_control_tokens_in_names_and_template_arguments_are_text(tmp_path: Path)
         tokenizer.encode_chat([message], add_generation_prompt=True, kwargs=kwargs)
     ).tolist()
     assert ids == [*b"<|system|>", USER, *b"a", *b"<|end|>"]
+
+
+@pytest.mark.parametrize("shown", ["{{ tail }}", "{{ tail | string }}", "{{ tail | tojson }}"])
+def test_control_tokens_in_what_a_template_shows_whole_are_text(tmp_path: Path, shown: str) -> None:
+    tokenizer = Tokenizer(write_checkpoint(tmp_path / "m", "{{ messages[0].content }}" + shown))
+    kwargs = {"tail": {"é<|end|>": ["<|user|>", 1]}}
+    given = [{"role": "user", "content": "a"}]
+    ids = asyncio.run(tokenizer.encode_chat(given, add_generation_prompt=True, kwargs=kwargs))
+    text = str(kwargs["tail"])
+    if "tojson" in shown:
+        text = text.replace("'", '"')
+    assert ids.tolist() == [*b"a", *text.encode()]
 
 
 def test_a_raw_prompt_may_contain_control_tokens(tokenizer: Tokenizer) -> None:
@@ -145,3 +165,29 @@ def test_the_api_process_does_without_torch(checkpoint: Path) -> None:
         "from pathlib import Path; import server.api.app; "
         f"from server.api.tokenizer import Tokenizer; Tokenizer(Path({str(checkpoint)!r}))"
     )
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "ids"),
+    [
+        (None, None, (END_OF_TEXT,)),
+        (None, 7, (7, END_OF_TEXT)),
+        ([9, END, 8], 7, (8, 9, END_OF_TEXT, END)),
+        (-1, 7, (END_OF_TEXT,)),
+        ([], 7, (END_OF_TEXT,)),
+        ("</s>", 7, None),
+        ([True], 7, None),
+        ([[2]], 7, None),
+    ],
+)
+def test_ids_that_end_a_text(
+    tmp_path: Path, generation: object, config: object, ids: tuple[int, ...] | None
+) -> None:
+    path = write_checkpoint(tmp_path / "m", "{{ messages[0].content }}")
+    for name, value in (("generation_config.json", generation), ("config.json", config)):
+        (path / name).write_text(json.dumps({} if value is None else {"eos_token_id": value}))
+    if ids is None:
+        with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id is .* is due"):
+            Tokenizer(path)
+    else:
+        assert Tokenizer(path).eos_ids == ids
