@@ -76,6 +76,20 @@ class KeysTuning:
     resident: int
 
 
+@dataclass(slots=True, frozen=True)
+class SkinnyTuning:
+    """Products of few rows: rows that one program takes, 1 without the matrix units; outputs and
+    inputs at a time, warps, stages of its loop; whether it starts before the kernel in front of it
+    has ended."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+    early: bool
+
+
 # by bytes of an element of the inputs and the power of two that holds a key
 PREFILL = {
     (2, 64): PrefillTuning(Tiles(32, 64, 4, 1), Tiles(32, 64, 4, 1), 2),
@@ -88,6 +102,7 @@ PREFILL = {
 # by bytes of an element of the state
 RING = {4: RingTuning(32, 4, 128), 2: RingTuning(16, 2, 128)}
 DECODE = {4: DecodeTuning(4096, 4), 2: DecodeTuning(4096, 4)}
+SKINNY = (1, 16, 32, 64)  # up to so many rows a product may be skinny: a class each
 # by bytes of a head's row: they must fit where shared memory is small
 ROWS = {
     128: RowsTuning(64, 64, 4, 2, 2),
@@ -160,6 +175,17 @@ def keys_tuning(device: torch.device, itemsize: int, BLOCK_D: int) -> KeysTuning
     found = measured(card(device)).get("attend_one", {}).get(f"{itemsize}x{BLOCK_D}")
     least = KEYS[max(itemsize * BLOCK_D, 128)]
     return least if found is None else KeysTuning(**found)
+
+
+@lru_cache(maxsize=1024)
+def skinny_tuning(
+    device: torch.device, itemsize: int, form: str, M: int, N: int, K: int
+) -> SkinnyTuning | None:
+    """How M rows of a product [N, K] of such elements go through one kernel with what surrounds it,
+    in the form that kernels.fused_linear names; None where that is not known to be faster."""
+    rows = next((rows for rows in SKINNY if M <= rows), 0)
+    found = measured(card(device)).get("skinny", {}).get(f"{itemsize}x{form}x{rows}x{N}x{K}")
+    return None if found is None or M == 0 else SkinnyTuning(**found)
 
 
 def prefill_of(found: dict[str, Any]) -> PrefillTuning:
