@@ -177,15 +177,24 @@ def keys_tuning(device: torch.device, itemsize: int, BLOCK_D: int) -> KeysTuning
     return least if found is None else KeysTuning(**found)
 
 
-@lru_cache(maxsize=1024)
+def skinny_class(itemsize: int, form: str, rows: int, N: int, K: int) -> str:
+    """Products [N, K] of up to so many rows, in a form that kernels.fused_linear names."""
+    return f"{form}-{itemsize}x{rows}x{N}x{K}"
+
+
 def skinny_tuning(
     device: torch.device, itemsize: int, form: str, M: int, N: int, K: int
 ) -> SkinnyTuning | None:
-    """How M rows of a product [N, K] of such elements go through one kernel with what surrounds it,
-    in the form that kernels.fused_linear names; None where that is not known to be faster."""
-    rows = next((rows for rows in SKINNY if M <= rows), 0)
-    found = measured(card(device)).get("skinny", {}).get(f"{itemsize}x{form}x{rows}x{N}x{K}")
-    return None if found is None or M == 0 else SkinnyTuning(**found)
+    """How one kernel multiplies M rows with what surrounds the product; None where the kernels one
+    by one are not known to be slower."""
+    rows = next((most for most in SKINNY if most >= M), 0)
+    return _skinny(device, skinny_class(itemsize, form, rows, N, K)) if M and rows else None
+
+
+@lru_cache(maxsize=1024)
+def _skinny(device: torch.device, name: str) -> SkinnyTuning | None:
+    found = measured(card(device)).get("skinny", {}).get(name)
+    return None if found is None else SkinnyTuning(**found)
 
 
 def prefill_of(found: dict[str, Any]) -> PrefillTuning:
