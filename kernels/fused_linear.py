@@ -86,10 +86,11 @@ def skinny(
     return skinny_tuning(w.device, w.itemsize, name, len(before.x), *w.shape)
 
 
-def _after(y: torch.Tensor, silu: int, pair: Pair) -> torch.Tensor:
+def after(y: torch.Tensor, silu: int, pair: Pair) -> torch.Tensor:
+    """y [T, N] as linear gives it -> with what comes after the product."""
     if pair:
         one, two = y.chunk(2, dim=1)
-        return silu_mul(one, two) if pair == "silu" else one * two
+        return silu_mul(one, two) if pair == "silu_mul" else one * two
     if silu:
         silu_(y[:, :silu])
     return y
@@ -104,7 +105,7 @@ def residual_linear(
     tuning = skinny(before, w, silu=silu, pair=pair)
     if tuning is None:
         stream, h = residual.normed()
-        return stream, _after(linear(h, w), silu, pair)
+        return stream, after(linear(h, w), silu, pair)
     assert isinstance(w, torch.Tensor)
     y, kept = skinny_gemm(before, w, tuning, silu=silu, pair=pair, keep=residual.keep)
     return (residual.x if kept is None else kept), y
@@ -116,7 +117,7 @@ def pair_linear(x: torch.Tensor, w: Weight, pair: Pair) -> torch.Tensor:
     before = Before(x=x)
     tuning = skinny(before, w, pair=pair)
     if tuning is None:
-        return _after(linear(x, w), 0, pair)
+        return after(linear(x, w), 0, pair)
     assert isinstance(w, torch.Tensor)
     return skinny_gemm(before, w, tuning, pair=pair)[0]
 

@@ -25,7 +25,7 @@ from kernels.rmsnorm import rmsnorm_reference
 from kernels.tuning import SkinnyTuning
 
 Keep = Literal["", "sum", "normed"]
-Pair = Literal["", "product", "silu"]
+Pair = Literal["", "mul", "silu_mul"]
 
 
 @dataclass(slots=True, frozen=True, eq=False, kw_only=True)
@@ -68,7 +68,7 @@ def skinny_gemm_reference(
     y = before_reference(b)[1] @ w.double().t()
     if pair:
         one, two = y.chunk(2, dim=1)
-        return (F.silu(one) if pair == "silu" else one) * two
+        return (F.silu(one) if pair == "silu_mul" else one) * two
     return torch.cat((F.silu(y[:, :silu]), y[:, silu:]), dim=1)
 
 
@@ -124,7 +124,7 @@ def _after(b_y, SILU, PAIR: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.conste
     """b_y [ROWS, BLOCK_N] -> what is stored, [ROWS, BLOCK_N] or half as wide."""
     if PAIR != "":
         b_one, b_two = tl.split(tl.reshape(b_y, [ROWS, BLOCK_N // 2, 2]))
-        if PAIR == "silu":
+        if PAIR == "silu_mul":
             b_one *= tl.sigmoid(b_one)
         return b_one * b_two
     else:

@@ -188,11 +188,12 @@ def skinny_tuning(
     """How one kernel multiplies M rows with what surrounds the product; None where the kernels one
     by one are not known to be slower."""
     rows = next((most for most in SKINNY if most >= M), 0)
-    return _skinny(device, skinny_class(itemsize, form, rows, N, K)) if M and rows else None
+    return skinny_of(device, skinny_class(itemsize, form, rows, N, K)) if M and rows else None
 
 
 @lru_cache(maxsize=1024)
-def _skinny(device: torch.device, name: str) -> SkinnyTuning | None:
+def skinny_of(device: torch.device, name: str) -> SkinnyTuning | None:
+    """What is known of a class; None where that is that several kernels are faster, or nothing."""
     found = measured(card(device)).get("skinny", {}).get(name)
     return None if found is None else SkinnyTuning(**found)
 

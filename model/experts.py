@@ -93,4 +93,4 @@ class Dense:
 
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
         """h [T, D] -> [T, D]."""
-        return linear(pair_linear(h, self.gate_up, "silu"), self.down)
+        return linear(pair_linear(h, self.gate_up, "silu_mul"), self.down)

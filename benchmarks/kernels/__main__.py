@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from benchmarks.kernels import attention, decode, prefill, rowwise, softmax
+from benchmarks.kernels import attention, decode, prefill, rowwise, skinny, softmax
 from benchmarks.result import Row, write
 from benchmarks.timing import copy_bandwidth, gemm_rate
 
@@ -21,6 +21,7 @@ GROUPS = {
     "prefill": prefill.rows,
     "decode": decode.rows,
     "rowwise": rowwise.rows,
+    "skinny": skinny.rows,
     "softmax": softmax.rows,
     "attention": attention.rows,
 }

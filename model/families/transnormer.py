@@ -121,7 +121,7 @@ class GatedUnit:
         self.out = parameters.matrix(f"{prefix}.l3.weight", config.dim, config.glu)
 
     def __call__(self, residual: Residual) -> tuple[torch.Tensor, torch.Tensor]:
-        x, gated = residual_linear(residual, self.both, pair="product")
+        x, gated = residual_linear(residual, self.both, pair="mul")
         return x, linear(gated, self.out)
 
 

@@ -7,23 +7,31 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks import tune
-from kernels.tuning import PrefillTuning, Tiles, prefill_tuning
+from benchmarks import candidates, skinny, tune, tune_skinny
+from kernels import tuning
+from kernels.tuning import (
+    SKINNY,
+    PrefillTuning,
+    SkinnyTuning,
+    Tiles,
+    prefill_tuning,
+    skinny_tuning,
+)
 
 
 def test_a_wrong_candidate_cannot_win(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"nan": 1.0, "wrong": 2.0, "fails": 3.0, "fast": 4.0, "slow": 5.0}
     wrong = {"nan": float("nan"), "wrong": 0.1, "fast": 1e-3, "slow": 0.0}
-    monkeypatch.setattr(tune, "milliseconds", lambda work, rounds: work())
+    monkeypatch.setattr(candidates, "milliseconds", lambda work, rounds: work())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
     def work(name: str) -> Callable[[], float]:
         return lambda: times[name]
 
-    won = tune.best("kernel", times, wrong.__getitem__, 4e-3, work)
+    won = candidates.best("kernel", times, wrong.__getitem__, 4e-3, work)
     assert won == "fast"
     with pytest.raises(SystemExit, match="no candidate is right"):
-        tune.best("kernel", ["nan", "wrong", "fails"], wrong.__getitem__, 4e-3, work)
+        candidates.best("kernel", ["nan", "wrong", "fails"], wrong.__getitem__, 4e-3, work)
 
 
 @torch.inference_mode()
@@ -40,3 +48,54 @@ def test_a_candidate_is_held_against_the_recurrence(monkeypatch: pytest.MonkeyPa
     for broken in ((output, state * 1.001), (output * 1.001, state), (output, state * torch.nan)):
         trial.expected = broken
         assert not trial.check(usual) <= tune.bound(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "form", ["plain", "plain-silu_mul", "norm", "norm-silu", "norm-mul", "norm-head", "gate2"]
+)
+@pytest.mark.parametrize("rows", [1, 16])
+@torch.inference_mode()
+def test_both_ways_of_a_product_are_held_against_float64(
+    form: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of one part in a thousand is told."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(skinny, "COLD_BYTES", 1)
+    trial = skinny.Trial(f"{form}-4x{rows}x48x64", tune.DEVICE)
+    assert len(trial.weights) == 1
+    right = skinny.skinny_gemm_reference
+    for candidate in (None, SkinnyTuning(rows, 16, 32, 4, 2, early=False)):
+        assert trial.check(candidate) <= trial.limit
+        with monkeypatch.context() as patch:
+            patch.setattr(skinny, "skinny_gemm_reference", lambda *a, **o: right(*a, **o) * 1.001)
+            assert not trial.check(candidate) <= trial.limit
+
+
+def test_candidates_of_a_product_suit_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(skinny, "COLD_BYTES", 1)
+    for rows in SKINNY:
+        for form in ("norm-silu", "gate4"):
+            trial = skinny.Trial(f"{form}-2x{rows}x64x2048", torch.device("cpu"))
+            found = tune_skinny.candidates(trial)
+            assert len(set(found)) == len(found) >= 4
+            assert all(each.rows in (1, 16, rows) and each.rows >= rows for each in found)
+            assert form == "norm-silu" or all(each.inputs == 512 for each in found)
+
+
+def test_several_kernels_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the table says null, and the product goes their way."""
+    monkeypatch.setattr(skinny, "COLD_BYTES", 1)
+    monkeypatch.setattr(tune_skinny, "DEVICE", torch.device("cpu"))
+    names = ["norm-4x1x48x64", "norm-4x16x48x64"]
+    won = {names[0]: None, names[1]: SkinnyTuning(16, 16, 32, 4, 2, early=False)}
+    monkeypatch.setattr(
+        tune_skinny, "best", lambda title, *rest: won[title.removeprefix("skinny ")]
+    )
+    table = tune_skinny.tune_skinny(names)
+    assert list(table) == names and table[names[0]] is None
+    monkeypatch.setattr(tuning, "measured", lambda capability: {"skinny": table})
+    tuning.skinny_of.cache_clear()
+    on = torch.device("cpu")
+    assert skinny_tuning(on, 4, "norm", 1, 48, 64) is None
+    assert skinny_tuning(on, 4, "norm", 9, 48, 64) == won[names[1]]
+    tuning.skinny_of.cache_clear()

@@ -56,5 +56,5 @@ def skinny_everywhere(monkeypatch):
         met.append(name)
         return SkinnyTuning(rows, 32, inputs, 4, 2, early=False)
 
-    monkeypatch.setattr(tuning, "_skinny", found)
+    monkeypatch.setattr(tuning, "skinny_of", found)
     return met

@@ -83,7 +83,7 @@ def test_what_stands_before(M, N, K, kind, dtype):
 
 
 @pytest.mark.parametrize(("M", "N", "K"), [(1, 62, 100), (16, 258, 64), (33, 62, 100)])
-@pytest.mark.parametrize(("silu", "pair"), [(20, ""), (0, "product"), (0, "silu")])
+@pytest.mark.parametrize(("silu", "pair"), [(20, ""), (0, "mul"), (0, "silu_mul")])
 def test_what_comes_after(M, N, K, silu, pair, dtype):
     skip_what_the_interpreter_lacks(M, dtype)
     before, _ = befores(M, K, dtype)["add"]
@@ -154,7 +154,7 @@ def test_what_is_not_measured_goes_the_other_way():
 @pytest.mark.parametrize("weighted", [False, True])
 def test_both_ways_are_the_same(M, post, weighted, monkeypatch):
     """Streams, products and logits, with the residual sum and at the first layer without."""
-    K, pair = 96, "silu" if post else "product"
+    K, pair = 96, "silu_mul" if post else "mul"
     x, f, gate = (rows(M, K, torch.float32) for _ in range(3))
     weight = torch.randn(K, device=DEVICE) if weighted else None
     w, w2 = torch.randn(130, K, device=DEVICE), torch.randn(44, K, device=DEVICE)

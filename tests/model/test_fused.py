@@ -14,8 +14,8 @@ from tests.model.harness import Sequence, load, logits_of, prompt
 FORMS = {
     "native-hybrid": {"norm-silu", "norm", "gate", "plain", "norm-head"},
     "minimax-text-01": {"norm-silu", "norm", "gate", "plain", "norm-head"},
-    "transnormer": {"norm-silu", "norm-product", "gate", "plain", "norm-head"},
-    "ring-linear": {"norm", "plain-silu", "gate4", "plain", "norm-head"},
+    "transnormer": {"norm-silu", "norm-mul", "gate", "plain", "norm-head"},
+    "ring-linear": {"norm", "plain-silu_mul", "gate4", "plain", "norm-head"},
 }
 TEXTS = [prompt(40, seed=1), prompt(9, seed=2), prompt(21, seed=3)]
 STEPS = 3

@@ -1,0 +1,139 @@
+"""Products of few rows as decode steps have them, by one kernel or by the library's product and a
+kernel for each thing that stands before and after it.
+
+A class is named as in kernels/tuning.json: FORM-ITEMSIZExROWSxOUTPUTSxINPUTS. Weights take turns,
+so that none is still in the cache from the time before.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.candidates import error
+from kernels.fused_linear import Residual, after
+from kernels.logits import logits
+from kernels.rmsnorm_gate import rmsnorm_gate
+from kernels.skinny_gemm import (
+    Before,
+    Keep,
+    Pair,
+    before_reference,
+    skinny_gemm,
+    skinny_gemm_reference,
+)
+from kernels.tuning import SKINNY, SkinnyTuning, skinny_class
+
+EPS = 1e-6
+COLD_BYTES = 200_000_000  # of weights that take turns: four times the cache
+LIMITS = {2: 6e-3, 4: 1e-5}  # of relative errors, by bytes of an element
+# of weights [outputs, inputs] in lightning-1b and minimax-2b of benchmarks/shapes
+FORMS = [
+    ("norm-silu", 8192, 2048),
+    ("norm", 3072, 2048),
+    ("gate", 2048, 2048),
+    ("norm-mul", 11_264, 2048),
+    ("plain", 2048, 5632),
+    ("plain", 2048, 2048),
+    ("norm-head", 64_000, 2048),
+    ("norm-head", 65_536, 2048),
+]
+CLASSES = [skinny_class(2, form, rows, N, K) for rows, (form, N, K) in product(SKINNY, FORMS)]
+
+
+class Trial:
+    """One class: what is multiplied, what is due, and both ways to compute it."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        match = re.fullmatch(r"([a-z]+)(\d*)(?:-(\w+))?-(\d)x(\d+)x(\d+)x(\d+)", name)
+        if match is None:
+            raise SystemExit(f"{name} is no class: FORM-ITEMSIZExROWSxOUTPUTSxINPUTS is due")
+        self.start, groups, end = match[1], match[2], match[3] or ""
+        itemsize, self.rows, self.N, self.K = map(int, match.groups()[3:])
+        self.groups = int(groups or 1)
+        self.pair: Pair = "mul" if end == "mul" else "silu_mul" if end == "silu_mul" else ""
+        self.silu = self.N // 2 if end == "silu" else 0
+        self.head = end == "head"
+        self.limit = 2e-5 if self.head else LIMITS[itemsize]
+        self.keep: Keep = "sum" if self.start == "norm" and not self.head else ""
+        self.dtype = torch.float32 if itemsize == 4 else torch.bfloat16
+        self.x, self.f, self.gate = (
+            torch.randn(self.rows, self.K, device=device).to(self.dtype) for _ in range(3)
+        )
+        self.weight = torch.randn(self.K, device=device).to(self.dtype)
+        count = max(-(-COLD_BYTES // (self.N * self.K * itemsize)), 1)
+        self.weights = [
+            torch.randn(self.N, self.K, device=device).mul_(self.K**-0.5).to(self.dtype)
+            for _ in range(count)
+        ]
+
+    @property
+    def bytes(self) -> int:
+        """Of one product: the weights, rows in and rows out."""
+        weights = self.weights[0].nbytes
+        out = self.rows * (self.N // 2 if self.pair else self.N)
+        rows = {"plain": 1, "norm": 2, "gate": 2}[self.start] + (1 if self.keep else 0)
+        out *= 4 if self.head else self.dtype.itemsize
+        return weights + rows * self.x.nbytes + out
+
+    def before(self, M: int) -> Before:
+        """The first M rows."""
+        x, f, gate, weight = self.x[:M], self.f[:M], self.gate[:M], self.weight
+        if self.start == "plain":
+            return Before(x=x)
+        norm = partial(Before, x=x, weight=weight, norm=True, eps=EPS)
+        if self.start == "norm":
+            return norm(f=f)
+        return norm(gate=gate, sigmoid=True, groups=self.groups)
+
+    def fused(
+        self, w: torch.Tensor, M: int, tuning: SkinnyTuning
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The first M rows by one kernel."""
+        options: dict[str, Any] = {"silu": self.silu, "pair": self.pair, "keep": self.keep}
+        if self.head:
+            options["out_dtype"] = torch.float32
+        return skinny_gemm(self.before(M), w, tuning, **options)
+
+    def separate(self, w: torch.Tensor) -> torch.Tensor:
+        """All rows by several."""
+        if self.start == "gate":
+            h = rmsnorm_gate(self.x, self.gate, self.weight, EPS, groups=self.groups)
+        elif self.start == "norm":
+            residual = Residual(self.x.clone(), self.f, self.weight, EPS)
+            h = residual.normed(torch.float32 if self.head else None)[1]
+        else:
+            h = self.x
+        return logits(h, w) if self.head else after(F.linear(h, w), self.silu, self.pair)
+
+    def check(self, tuning: SkinnyTuning | None) -> float:
+        """Greatest error of products and of what is kept, for the fewest rows of the class and for
+        all; None: of all rows by several kernels."""
+        w, errors = self.weights[-1], []
+        fewest = max((rows for rows in SKINNY if rows < self.rows), default=0) + 1
+        for M in {fewest, self.rows} if tuning else {self.rows}:
+            before = self.before(M)
+            y, kept = self.fused(w, M, tuning) if tuning else (self.separate(w), None)
+            found = [(y, skinny_gemm_reference(before, w, silu=self.silu, pair=self.pair))]
+            if kept is not None:
+                found.append((kept, before_reference(before)[0]))
+            errors += [error(actual, expected) for actual, expected in found]
+        return float(torch.tensor(errors).max())  # NaN if one is
+
+    def work(self, tuning: SkinnyTuning | None) -> Callable[[], None]:
+        """All weights in turn, by one kernel or by several."""
+
+        def run() -> None:
+            for w in self.weights:
+                if tuning is None:
+                    self.separate(w)
+                else:
+                    self.fused(w, self.rows, tuning)
+
+        return run

@@ -1,0 +1,55 @@
+"""Candidates of products of few rows, against several kernels, which win where they win."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+
+from benchmarks.candidates import best
+from benchmarks.skinny import CLASSES, Trial
+from kernels.tuning import SkinnyTuning
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# outputs at a time, warps; 256 inputs a warp, so that a thread meets each input once
+SUMS = [(2, 4), (4, 4), (8, 4), (4, 2), (8, 2), (16, 2), (16, 1)]
+# by rows: outputs and inputs at a time, warps, stages
+TILES = {
+    1: [(16, 256, 2, 5), (32, 128, 4, 5)],
+    16: [(16, 256, 2, 5), (16, 256, 4, 5), (32, 128, 4, 5), (32, 256, 4, 4), (64, 128, 4, 4)],
+    32: [(16, 256, 4, 4), (32, 128, 4, 4), (32, 256, 8, 3), (64, 128, 4, 4), (128, 64, 8, 4)],
+    64: [(16, 128, 4, 4), (32, 128, 4, 4), (64, 64, 4, 4), (64, 128, 8, 3), (128, 64, 8, 4)],
+}
+
+
+def candidates(trial: Trial) -> list[SkinnyTuning]:
+    """What may be tried; what does not fit the card falls out when it is compiled."""
+    alone = [SkinnyTuning(1, n, 256 * warps, warps, 1, early=False) for n, warps in SUMS]
+    tiles = [SkinnyTuning(max(trial.rows, 16), *tile, early=False) for tile in TILES[trial.rows]]
+    found = (alone if trial.rows == 1 else []) + tiles
+    if trial.groups > 1:  # a group at a time
+        width = trial.K // trial.groups
+        found = [replace(each, inputs=width, stages=min(each.stages, 3)) for each in found]
+    return list(dict.fromkeys(found))
+
+
+def tune_skinny(classes: list[str]) -> dict[str, Any]:
+    """By form, bytes of an element, rows, outputs and inputs; `classes` may have wildcards, or be
+    others than the usual ones. null: several kernels have won."""
+    wanted = [name for name in CLASSES if any(fnmatch(name, each) for each in classes or "*")]
+    wanted += [each for each in classes if not set(each) & set("*?[") and each not in wanted]
+    table = {}
+    for name in wanted:
+        trial = Trial(name, DEVICE)
+        find = best(
+            f"skinny {name}", [None, *candidates(trial)], trial.check, trial.limit, trial.work
+        )
+        if find is not None:
+            options = [None, find, replace(find, early=True)]
+            find = best(f"skinny {name}", options, trial.check, trial.limit, trial.work)
+        table[name] = find and asdict(find)
+        del trial
+        torch.cuda.empty_cache()
+    return table
