@@ -15,19 +15,39 @@ from kernels.tuning import SkinnyTuning
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # outputs at a time, warps; 256 inputs a warp, so that a thread meets each input once
 SUMS = [(2, 4), (4, 4), (8, 4), (4, 2), (8, 2), (16, 2), (16, 1)]
-# by rows: outputs and inputs at a time, warps, stages
+# by rows: rows, outputs and inputs at a time, warps, stages
 TILES = {
-    1: [(16, 256, 2, 5), (32, 128, 4, 5)],
-    16: [(16, 256, 2, 5), (16, 256, 4, 5), (32, 128, 4, 5), (32, 256, 4, 4), (64, 128, 4, 4)],
-    32: [(16, 256, 4, 4), (32, 128, 4, 4), (32, 256, 8, 3), (64, 128, 4, 4), (128, 64, 8, 4)],
-    64: [(16, 128, 4, 4), (32, 128, 4, 4), (64, 64, 4, 4), (64, 128, 8, 3), (128, 64, 8, 4)],
+    1: [(16, 16, 256, 2, 5), (16, 32, 128, 4, 5)],
+    16: [
+        (16, 16, 256, 2, 5),
+        (16, 16, 256, 4, 5),
+        (16, 32, 128, 4, 5),
+        (16, 32, 256, 4, 4),
+        (16, 64, 128, 4, 4),
+    ],
+    32: [
+        (32, 16, 256, 4, 4),
+        (32, 32, 128, 4, 4),
+        (32, 64, 128, 4, 4),
+        (32, 128, 64, 8, 4),
+        (16, 64, 128, 4, 4),
+    ],
+    64: [
+        (64, 16, 128, 4, 4),
+        (64, 32, 128, 4, 4),
+        (64, 64, 64, 4, 4),
+        (64, 128, 64, 8, 4),
+        (32, 64, 128, 4, 4),
+    ],
+    128: [(64, 64, 64, 4, 4), (64, 128, 64, 4, 4), (128, 64, 64, 8, 4), (128, 128, 64, 8, 4)],
+    256: [(64, 128, 64, 4, 4), (128, 64, 64, 8, 4), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3)],
 }
 
 
 def candidates(trial: Trial) -> list[SkinnyTuning]:
     """What may be tried; what does not fit the card falls out when it is compiled."""
     alone = [SkinnyTuning(1, n, 256 * warps, warps, 1, early=False) for n, warps in SUMS]
-    tiles = [SkinnyTuning(max(trial.rows, 16), *tile, early=False) for tile in TILES[trial.rows]]
+    tiles = [SkinnyTuning(*tile, early=False) for tile in TILES[trial.rows]]
     found = (alone if trial.rows == 1 else []) + tiles
     if trial.groups > 1:  # a group at a time
         width = trial.K // trial.groups

@@ -108,19 +108,19 @@ def _before(
 
 
 @jit
-def _outputs(N, PAIR: tl.constexpr, BLOCK_N: tl.constexpr):
+def _outputs(i_n, N, PAIR: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which rows of w a program reads, in int64. Of a pair those of the two halves take turns, so
     that what is multiplied at last lies side by side."""
     o_j = tl.arange(0, BLOCK_N)
     if PAIR != "":
-        o_n = tl.program_id(0) * (BLOCK_N // 2) + o_j // 2
+        o_n = i_n * (BLOCK_N // 2) + o_j // 2
         return tl.minimum(o_n, N - 1).to(tl.int64) + o_j % 2 * N
     else:
-        return tl.minimum(tl.program_id(0) * BLOCK_N + o_j, N - 1).to(tl.int64)
+        return tl.minimum(i_n * BLOCK_N + o_j, N - 1).to(tl.int64)
 
 
 @jit
-def _after(b_y, SILU, PAIR: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+def _after(b_y, i_n, SILU, PAIR: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
     """b_y [ROWS, BLOCK_N] -> what is stored, [ROWS, BLOCK_N] or half as wide."""
     if PAIR != "":
         b_one, b_two = tl.split(tl.reshape(b_y, [ROWS, BLOCK_N // 2, 2]))
@@ -128,7 +128,7 @@ def _after(b_y, SILU, PAIR: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.conste
             b_one *= tl.sigmoid(b_one)
         return b_one * b_two
     else:
-        o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
         return tl.where((o_n < SILU)[None, :], b_y * tl.sigmoid(b_y), b_y)
 
 
@@ -162,8 +162,9 @@ def _row_kernel(
 ):
     """One row by BLOCK_N rows of w. The next weights are under way while these are multiplied, and
     the first before the kernel that makes x has ended, if this one may start early."""
+    i_n = tl.program_id(0)
     o_k = tl.arange(0, BLOCK_K)
-    p_w = w_ptr + _outputs(N, PAIR, BLOCK_N)[:, None] * K + o_k[None, :]
+    p_w = w_ptr + _outputs(i_n, N, PAIR, BLOCK_N)[:, None] * K + o_k[None, :]
     b_w = _load(p_w, (o_k < K)[None, :], EVEN)  # [N, K]
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -186,12 +187,12 @@ def _row_kernel(
     rms = 1.0
     if NORM and not GROUPED:
         rms = tl.sqrt(tl.sum(b_squares) / K + eps)
-    b_y = _after((tl.sum(b_sum, 1) / rms)[None, :], SILU, PAIR, 1, BLOCK_N)
+    b_y = _after((tl.sum(b_sum, 1) / rms)[None, :], i_n, SILU, PAIR, 1, BLOCK_N)
     STORED: tl.constexpr = BLOCK_N // 2 if PAIR != "" else BLOCK_N
-    o_n = tl.program_id(0) * STORED + tl.arange(0, STORED)
+    o_n = i_n * STORED + tl.arange(0, STORED)
     tl.store(y_ptr + o_n[None, :], b_y.to(y_ptr.dtype.element_ty), mask=(o_n < N)[None, :])
     if KEEP != "":  # each program a part
-        o = tl.program_id(0) * BLOCK_KEPT + tl.arange(0, BLOCK_KEPT)
+        o = i_n * BLOCK_KEPT + tl.arange(0, BLOCK_KEPT)
         where = x_ptr + o, f_ptr + o, gate_ptr + o, weight_ptr + o, o < K
         b_z, b_t = _before(*where, alpha, beta, HAS_F, HAS_WEIGHT, GATE, False)
         b_kept = b_t / rms if KEEP == "normed" else b_z
@@ -233,11 +234,13 @@ def _tile_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_KEPT: tl.constexpr,
 ):
-    """All rows, at most BLOCK_M, by BLOCK_N rows of w."""
+    """BLOCK_M rows by BLOCK_N rows of w; programs that read the same weights are neighbours."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    i_n = tl.program_id(0) // tiles_m
     o_k = tl.arange(0, BLOCK_K)
-    o_m = tl.arange(0, BLOCK_M)
+    o_m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     i_m = tl.minimum(o_m, M - 1).to(tl.int64)[:, None]  # rows past the last repeat it
-    p_w = w_ptr + _outputs(N, PAIR, BLOCK_N)[None, :] * K + o_k[:, None]
+    p_w = w_ptr + _outputs(i_n, N, PAIR, BLOCK_N)[None, :] * K + o_k[:, None]
     p_x, p_f = x_ptr + i_m * x_stride, f_ptr + i_m * f_stride
     p_gate, p_weight = gate_ptr + i_m * gate_stride, weight_ptr + i_m * 0
     if EARLY:
@@ -263,13 +266,13 @@ def _tile_kernel(
     if NORM and not GROUPED:
         b_rms = tl.sqrt(b_squares / K + eps)[:, None]
         b_y /= b_rms
-    b_y = _after(b_y, SILU, PAIR, BLOCK_M, BLOCK_N)
+    b_y = _after(b_y, i_n, SILU, PAIR, BLOCK_M, BLOCK_N)
     STORED: tl.constexpr = BLOCK_N // 2 if PAIR != "" else BLOCK_N
-    o_n = tl.program_id(0) * STORED + tl.arange(0, STORED)[None, :]
+    o_n = i_n * STORED + tl.arange(0, STORED)[None, :]
     p_y = y_ptr + o_m.to(tl.int64)[:, None] * N + o_n
     tl.store(p_y, b_y.to(y_ptr.dtype.element_ty), mask=m_m & (o_n < N))
     if KEEP != "":  # each program a part
-        o = tl.program_id(0) * BLOCK_KEPT + tl.arange(0, BLOCK_KEPT)[None, :]
+        o = i_n * BLOCK_KEPT + tl.arange(0, BLOCK_KEPT)[None, :]
         where = p_x + o, p_f + o, p_gate + o, p_weight + o, o < K
         b_z, b_t = _before(*where, alpha, beta, HAS_F, HAS_WEIGHT, GATE, False)
         b_kept = b_t / b_rms if KEEP == "normed" else b_z
@@ -287,7 +290,7 @@ def skinny_gemm(
     keep: Keep = "",
     out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """b of M <= tuning.rows rows, w [N, K] -> y [M, N], and z or the normed rows [M, K] if kept.
+    """b of M rows, w [N, K] -> y [M, N], and z or the normed rows [M, K] if kept.
 
     silu: of so many first outputs. pair: y [M, N / 2], the halves multiplied, the first through
     silu or not. out_dtype: float32 keeps t in two terms where w has 16 bits. Groups must be as wide
@@ -295,7 +298,7 @@ def skinny_gemm(
     """
     (M, K), (N, _) = b.x.shape, w.shape
     rows = [x for x in (b.x, b.f, b.gate) if x is not None]
-    assert 0 < M <= tuning.rows and w.shape == (N, K) and w.is_contiguous()
+    assert M > 0 and (M == 1 or tuning.rows > 1) and w.shape == (N, K) and w.is_contiguous()
     assert all(x.shape == (M, K) and x.stride(1) == 1 for x in rows)
     assert b.weight is None or (b.weight.shape == (K,) and b.weight.is_contiguous())
     assert b.groups == 1 or (b.norm and not keep and K // b.groups == tuning.inputs)
@@ -330,7 +333,7 @@ def skinny_gemm(
         _row_kernel[(programs,)](*pointers, *numbers, N, K, silu, **options)
         return y, kept
     strides = [0 if x is None else x.stride(0) for x in (b.x, b.f, b.gate)]
-    _tile_kernel[(programs,)](
+    _tile_kernel[(programs * -(-M // tuning.rows),)](
         *pointers,
         *numbers,
         M,

@@ -102,7 +102,7 @@ PREFILL = {
 # by bytes of an element of the state
 RING = {4: RingTuning(32, 4, 128), 2: RingTuning(16, 2, 128)}
 DECODE = {4: DecodeTuning(4096, 4), 2: DecodeTuning(4096, 4)}
-SKINNY = (1, 16, 32, 64)  # up to so many rows a product may be skinny: a class each
+SKINNY = (1, 16, 32, 64, 128, 256)  # up to so many rows a product may be skinny: a class each
 # by bytes of a head's row: they must fit where shared memory is small
 ROWS = {
     128: RowsTuning(64, 64, 4, 2, 2),

@@ -54,7 +54,7 @@ def skinny_everywhere(monkeypatch):
         if inputs & (inputs - 1) or inputs < 16:
             return None
         met.append(name)
-        return SkinnyTuning(rows, 32, inputs, 4, 2, early=False)
+        return SkinnyTuning(min(rows, 32), 32, inputs, 4, 2, early=False)
 
     monkeypatch.setattr(tuning, "skinny_of", found)
     return met
