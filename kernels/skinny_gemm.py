@@ -242,7 +242,7 @@ def _tile_kernel(
     i_m = tl.minimum(o_m, M - 1).to(tl.int64)[:, None]  # rows past the last repeat it
     p_w = w_ptr + _outputs(i_n, N, PAIR, BLOCK_N)[None, :] * K + o_k[:, None]
     p_x, p_f = x_ptr + i_m * x_stride, f_ptr + i_m * f_stride
-    p_gate, p_weight = gate_ptr + i_m * gate_stride, weight_ptr + i_m * 0
+    p_gate = gate_ptr + i_m * gate_stride
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -251,7 +251,7 @@ def _tile_kernel(
     for k in range(0, K, BLOCK_K):
         o = k + o_k[None, :]
         b_w = _load(p_w + k, (k + o_k < K)[:, None], EVEN)  # [K, N]
-        where = p_x + o, p_f + o, p_gate + o, p_weight + o, o < K
+        where = p_x + o, p_f + o, p_gate + o, weight_ptr + o, o < K
         b_z, b_t = _before(*where, alpha, beta, HAS_F, HAS_WEIGHT, GATE, EVEN)
         if GROUPED:  # a block is a group
             b_t /= tl.sqrt(tl.sum(b_z * b_z, 1) / BLOCK_K + eps)[:, None]
@@ -273,7 +273,7 @@ def _tile_kernel(
     tl.store(p_y, b_y.to(y_ptr.dtype.element_ty), mask=m_m & (o_n < N))
     if KEEP != "":  # each program a part
         o = i_n * BLOCK_KEPT + tl.arange(0, BLOCK_KEPT)[None, :]
-        where = p_x + o, p_f + o, p_gate + o, p_weight + o, o < K
+        where = p_x + o, p_f + o, p_gate + o, weight_ptr + o, o < K
         b_z, b_t = _before(*where, alpha, beta, HAS_F, HAS_WEIGHT, GATE, False)
         b_kept = b_t / b_rms if KEEP == "normed" else b_z
         p_kept = kept_ptr + o_m.to(tl.int64)[:, None] * K + o
