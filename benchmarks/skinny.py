@@ -61,7 +61,6 @@ class Trial:
         self.silu = self.N // 2 if end == "silu" else 0
         self.head = end == "head"
         self.limit = 2e-5 if self.head else LIMITS[itemsize]
-        self.keep: Keep = "sum" if self.start == "norm" and not self.head else ""
         self.dtype = torch.float32 if itemsize == 4 else torch.bfloat16
         self.x, self.f, self.gate = (
             torch.randn(self.rows, self.K, device=device).to(self.dtype) for _ in range(3)
@@ -78,62 +77,76 @@ class Trial:
         """Of one product: the weights, rows in and rows out."""
         weights = self.weights[0].nbytes
         out = self.rows * (self.N // 2 if self.pair else self.N)
-        rows = {"plain": 1, "norm": 2, "gate": 2}[self.start] + (1 if self.keep else 0)
+        rows = {"plain": 1, "norm": 2 if self.head else 3, "gate": 2}[self.start]
         out *= 4 if self.head else self.dtype.itemsize
         return weights + rows * self.x.nbytes + out
 
-    def before(self, M: int) -> Before:
-        """The first M rows."""
+    def befores(self, M: int, every: bool = False) -> list[tuple[Before, Keep]]:
+        """The first M rows and what is kept of them, as they are timed; or all that families have
+        under the name of this class, each a compiled kernel of its own."""
         x, f, gate, weight = self.x[:M], self.f[:M], self.gate[:M], self.weight
+        norm = partial(Before, x=x, norm=True, eps=EPS)
         if self.start == "plain":
-            return Before(x=x)
-        norm = partial(Before, x=x, weight=weight, norm=True, eps=EPS)
-        if self.start == "norm":
-            return norm(f=f)
-        return norm(gate=gate, sigmoid=True, groups=self.groups)
+            return [(Before(x=x), "")]
+        if self.start == "gate":
+            gated = partial(norm, gate=gate, groups=self.groups)
+            found: list[tuple[Before, Keep]] = [(gated(weight=weight, sigmoid=True), "")]
+            return found + [(gated(), "")] * every
+        found = [(norm(f=f, weight=weight), "" if self.head else "sum")]
+        if every and self.head:
+            return [*found, (norm(f=f), ""), (norm(f=f, weight=weight, alpha=3.5), "")]
+        if every:
+            found += [(norm(f=f), "sum"), (norm(alpha=3.5), "sum"), (norm(weight=weight), "")]
+            found += [(norm(weight=weight), "normed")]
+            found += [(norm(f=f, weight=weight, alpha=3.5, beta=0.7), "normed")]
+        return found
 
     def fused(
-        self, w: torch.Tensor, M: int, tuning: SkinnyTuning
+        self, w: torch.Tensor, before: Before, keep: Keep, tuning: SkinnyTuning
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The first M rows by one kernel."""
-        options: dict[str, Any] = {"silu": self.silu, "pair": self.pair, "keep": self.keep}
+        """By one kernel."""
+        options: dict[str, Any] = {"silu": self.silu, "pair": self.pair, "keep": keep}
         if self.head:
             options["out_dtype"] = torch.float32
-        return skinny_gemm(self.before(M), w, tuning, **options)
+        return skinny_gemm(before, w, tuning, **options)
 
-    def separate(self, w: torch.Tensor) -> torch.Tensor:
-        """All rows by several."""
+    def separate(self, w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """All rows by several; x, in the place of our own, may become the sum."""
+        h = x
         if self.start == "gate":
-            h = rmsnorm_gate(self.x, self.gate, self.weight, EPS, groups=self.groups)
+            h = rmsnorm_gate(x, self.gate, self.weight, EPS, groups=self.groups)
         elif self.start == "norm":
-            residual = Residual(self.x.clone(), self.f, self.weight, EPS)
+            residual = Residual(x, self.f, self.weight, EPS)
             h = residual.normed(torch.float32 if self.head else None)[1]
-        else:
-            h = self.x
         return logits(h, w) if self.head else after(F.linear(h, w), self.silu, self.pair)
 
-    def check(self, tuning: SkinnyTuning | None) -> float:
+    def check(self, tuning: SkinnyTuning | None, every: bool = False) -> float:
         """Greatest error of products and of what is kept, for the fewest rows of the class and for
         all; None: of all rows by several kernels."""
         w, errors = self.weights[-1], []
+        due = partial(skinny_gemm_reference, w=w, silu=self.silu, pair=self.pair)
+        if tuning is None:
+            ((before, _),) = self.befores(self.rows)
+            return error(self.separate(w, self.x.clone()), due(before))
         fewest = max((rows for rows in SKINNY if rows < self.rows), default=0) + 1
-        for M in {fewest, self.rows} if tuning else {self.rows}:
-            before = self.before(M)
-            y, kept = self.fused(w, M, tuning) if tuning else (self.separate(w), None)
-            found = [(y, skinny_gemm_reference(before, w, silu=self.silu, pair=self.pair))]
-            if kept is not None:
-                found.append((kept, before_reference(before)[0]))
-            errors += [error(actual, expected) for actual, expected in found]
+        for M in {fewest, self.rows}:
+            for before, keep in self.befores(M, every):
+                y, kept = self.fused(w, before, keep, tuning)
+                errors.append(error(y, due(before)))
+                if kept is not None:
+                    errors.append(error(kept, before_reference(before)[keep == "normed"]))
         return float(torch.tensor(errors).max())  # NaN if one is
 
     def work(self, tuning: SkinnyTuning | None) -> Callable[[], None]:
         """All weights in turn, by one kernel or by several."""
+        ((before, keep),) = self.befores(self.rows)
+        x = self.x.clone()
 
         def run() -> None:
             for w in self.weights:
                 if tuning is None:
-                    self.separate(w)
+                    self.separate(w, x)
                 else:
-                    self.fused(w, self.rows, tuning)
+                    self.fused(w, before, keep, tuning)
 
         return run

@@ -6,6 +6,7 @@ For every shape class each candidate is compiled, held against float64 at ugly l
 uncut, and only then timed; what is wrong, or does not fit the card, cannot win. On Hopper the
 kernels of lightning_prefill_hopper and paged_prefill_hopper have fixed tiles: of the former's class
 the first pass alone is tuned, and what is found for the latter's serves other sizes of pages.
+Classes of `skinny` may have wildcards, and be others than the usual ones: 'norm-*-2x1x*'.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,13 +64,21 @@ def tune_skinny(classes: list[str]) -> dict[str, Any]:
     table = {}
     for name in wanted:
         trial = Trial(name, DEVICE)
-        find = best(
-            f"skinny {name}", [None, *candidates(trial)], trial.check, trial.limit, trial.work
-        )
-        if find is not None:
-            options = [None, find, replace(find, early=True)]
-            find = best(f"skinny {name}", options, trial.check, trial.limit, trial.work)
-        table[name] = find and asdict(find)
+        chosen = tuned(name, trial)
+        table[name] = chosen and asdict(chosen)
         del trial
         torch.cuda.empty_cache()
     return table
+
+
+def tuned(name: str, trial: Trial) -> SkinnyTuning | None:
+    """First the tiles, then whether to start early; right in everything that goes by this name."""
+    find = partial(best, f"skinny {name}", limit=trial.limit, work=trial.work)
+    options = [None, *candidates(trial)]
+    while (tiles := find(options, trial.check)) is not None:
+        whole = partial(trial.check, every=True)
+        pair = [replace(tiles, early=early) for early in (False, True)]
+        if (chosen := find([None, *pair], whole)) is not None:
+            return chosen
+        options.remove(tiles)
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_both_ways_of_a_product_are_held_against_float64(
     assert len(trial.weights) == 1
     right = skinny.skinny_gemm_reference
     for candidate in (None, SkinnyTuning(rows, 16, 32, 4, 2, early=False)):
-        assert trial.check(candidate) <= trial.limit
+        assert trial.check(candidate, every=True) <= trial.limit
         with monkeypatch.context() as patch:
             patch.setattr(skinny, "skinny_gemm_reference", lambda *a, **o: right(*a, **o) * 1.001)
             assert not trial.check(candidate) <= trial.limit
@@ -89,9 +90,11 @@ def test_several_kernels_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune_skinny, "DEVICE", torch.device("cpu"))
     names = ["norm-4x1x48x64", "norm-4x16x48x64"]
     won = {names[0]: None, names[1]: SkinnyTuning(16, 16, 32, 4, 2, early=False)}
-    monkeypatch.setattr(
-        tune_skinny, "best", lambda title, *rest: won[title.removeprefix("skinny ")]
-    )
+
+    def best(title: str, options: object, check: object, **rest: object) -> SkinnyTuning | None:
+        return won[title.removeprefix("skinny ")]
+
+    monkeypatch.setattr(tune_skinny, "best", best)
     table = tune_skinny.tune_skinny(names)
     assert list(table) == names and table[names[0]] is None
     monkeypatch.setattr(tuning, "measured", lambda capability: {"skinny": table})
@@ -100,3 +103,24 @@ def test_several_kernels_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
     assert skinny_tuning(on, 4, "norm", 1, 48, 64) is None
     assert skinny_tuning(on, 4, "norm", 9, 48, 64) == won[names[1]]
     tuning.skinny_of.cache_clear()
+
+
+def test_what_wins_is_right_in_everything_that_goes_by_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Candidates are timed in one form; a faster one that is wrong in another does not serve."""
+    monkeypatch.setattr(skinny, "COLD_BYTES", 1)
+    trial = skinny.Trial("norm-4x16x48x64", torch.device("cpu"))
+    fast, slow = (SkinnyTuning(16, n, 32, 4, 2, early=False) for n in (16, 32))
+    times = {fast: 1.0, replace(fast, early=True): 0.5, slow: 2.0, replace(slow, early=True): 1.5}
+
+    def check(tuning: SkinnyTuning | None, every: bool = False) -> float:
+        return 1.0 if every and tuning in (fast, replace(fast, early=True)) else 0.0
+
+    monkeypatch.setattr(trial, "check", check)
+    monkeypatch.setattr(trial, "work", lambda tuning: lambda: 3.0 if not tuning else times[tuning])
+    monkeypatch.setattr(tune_skinny, "candidates", lambda trial: [fast, slow])
+    monkeypatch.setattr(candidates, "milliseconds", lambda work, rounds: work())
+    assert tune_skinny.tuned("norm", trial) == replace(slow, early=True)
+    times[slow] = times[replace(slow, early=True)] = 4.0
+    assert tune_skinny.tuned("norm", trial) is None
