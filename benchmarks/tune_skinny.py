@@ -59,8 +59,12 @@ def candidates(trial: Trial) -> list[SkinnyTuning]:
 def tune_skinny(classes: list[str]) -> dict[str, Any]:
     """By form, bytes of an element, rows, outputs and inputs; `classes` may have wildcards, or be
     others than the usual ones. null: several kernels have won."""
-    wanted = [name for name in CLASSES if any(fnmatch(name, each) for each in classes or "*")]
-    wanted += [each for each in classes if not set(each) & set("*?[") and each not in wanted]
+    wanted: list[str] = []
+    for each in classes or ["*"]:
+        met = [name for name in CLASSES if fnmatch(name, each)]
+        if not met and set(each) & set("*?["):
+            raise SystemExit(f"--classes {each} matches none of {', '.join(CLASSES)}")
+        wanted += [name for name in met or [each] if name not in wanted]
     table = {}
     for name in wanted:
         trial = Trial(name, DEVICE)

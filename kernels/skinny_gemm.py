@@ -294,7 +294,7 @@ def skinny_gemm(
 
     silu: of so many first outputs. pair: y [M, N / 2], the halves multiplied, the first through
     silu or not. out_dtype: float32 keeps t in two terms where w has 16 bits. Groups must be as wide
-    as tuning.inputs, a power of two.
+    as tuning.inputs, a power of two. Triton alone has this way; fused_linear knows the other.
     """
     (M, K), (N, _) = b.x.shape, w.shape
     rows = [x for x in (b.x, b.f, b.gate) if x is not None]

@@ -99,6 +99,8 @@ def test_several_kernels_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(table) == names and table[names[0]] is None
     monkeypatch.setattr(tuning, "measured", lambda capability: {"skinny": table})
     tuning.skinny_of.cache_clear()
+    with pytest.raises(SystemExit, match="matches none"):
+        tune_skinny.tune_skinny(["nothing-*"])
     on = torch.device("cpu")
     assert skinny_tuning(on, 4, "norm", 1, 48, 64) is None
     assert skinny_tuning(on, 4, "norm", 9, 48, 64) == won[names[1]]
