@@ -13,8 +13,7 @@ import re
 from collections import defaultdict
 from typing import Any
 
-from benchmarks.result import RESULTS
-from benchmarks.table import ROOT
+from benchmarks.result import RESULTS, ROOT
 
 ONE_SEQUENCE = re.compile(r"(prefill|softmax attention \(cuDNN\)) 1 x (\d+) tokens, 16 heads")
 

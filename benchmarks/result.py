@@ -1,8 +1,14 @@
-"""The form of a result: one JSON file a benchmark and card, rows with floor, goal and peers."""
+"""The form of a result: one JSON file a benchmark and card, rows with floor, goal and peers.
+
+    python -m benchmarks.result
+
+prints the commit and the digest of the code at hand, for a copy of it that has no history.
+"""
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -14,7 +20,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+CODE = ("benchmarks", "kernels", "model", "server", "constraints.txt", "pyproject.toml")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,6 +36,10 @@ class Row:
     floor: float | None = None
     goal: float | None = None
     peers: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        peers = ", ".join(f"{name} {value:.4g}" for name, value in self.peers.items())
+        return f"{self.work:58s} {self.value:12.4g} {self.unit:10s} {peers}"
 
 
 def device_name() -> str:
@@ -50,18 +62,34 @@ def card_name(gpu: str) -> str:
     return words[0].lower()
 
 
+def digest() -> str:
+    """Of the code that is measured, as it lies here: names and contents of its files."""
+    files = [path for top in CODE for path in (ROOT / top, *(ROOT / top).rglob("*"))]
+    total = hashlib.sha256()
+    for path in sorted(files):
+        if path.is_file() and "__pycache__" not in path.parts and RESULTS not in path.parents:
+            content = path.read_bytes()
+            total.update(f"{path.relative_to(ROOT).as_posix()} {len(content)}\n".encode())
+            total.update(content)
+    return total.hexdigest()[:16]
+
+
 def commit() -> str:
     """The commit that was measured, marked where the code beside the results had changes.
 
-    STEADYSTATE_COMMIT names it where the code was copied without its history.
+    Where the code was copied without its history, STEADYSTATE_COMMIT is the commit and, after a
+    colon, the digest of its code (`python -m benchmarks.result` prints both): the copy is marked
+    if it has another digest, or if there is none to hold it against.
     """
     if "STEADYSTATE_COMMIT" in os.environ:
-        return os.environ["STEADYSTATE_COMMIT"]
+        name, _, expected = os.environ["STEADYSTATE_COMMIT"].partition(":")
+        if not expected:
+            return name + "-unchecked"
+        return name + ("" if digest() == expected else "-dirty")
 
     def git(*arguments: str) -> str:
-        root = Path(__file__).parent.parent
         done = subprocess.run(
-            ["git", *arguments], cwd=root, check=True, capture_output=True, text=True
+            ["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True
         )
         return done.stdout.strip()
 
@@ -72,8 +100,19 @@ def commit() -> str:
         return "unknown"
 
 
-def write(bench: str, rows: list[Row], *, name: str | None = None, **measured: Any) -> Path:
-    """Write results/<name>-<card>.json, by default the bench's name, and print the rows."""
+def write(
+    bench: str,
+    rows: list[Row],
+    *,
+    name: str | None = None,
+    missing: list[str] | None = None,
+    **measured: Any,
+) -> Path:
+    """Write results/<name>-<card>.json, by default the bench's name, and print the rows.
+
+    missing: works that were to be measured and are not; a run that writes as it goes names what
+    is still to come, and prints its rows itself.
+    """
     versions = {"python": platform.python_version()}
     for package in ("torch", "triton", "transformers"):
         try:
@@ -93,10 +132,16 @@ def write(bench: str, rows: list[Row], *, name: str | None = None, **measured: A
         "gpu": gpu,
         "versions": versions,
         **measured,
+        **({"missing": missing} if missing else {}),
         "rows": [asdict(row) for row in rows],
     }
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    for row in rows:
-        peers = ", ".join(f"{name} {value:.4g}" for name, value in row.peers.items())
-        print(f"{row.work:58s} {row.value:12.4g} {row.unit:10s} {peers}")
+    half = path.with_suffix(".part")
+    half.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    half.replace(path)  # a run that is ended leaves a whole file
+    for row in rows if missing is None else ():
+        print(row)
     return path
+
+
+if __name__ == "__main__":
+    print(f"{commit()}:{digest()}")

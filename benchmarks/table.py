@@ -11,11 +11,9 @@ import argparse
 import json
 import re
 import sys
-from pathlib import Path
 
-from benchmarks.result import RESULTS
+from benchmarks.result import RESULTS, ROOT
 
-ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"(<!-- results: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -38,6 +36,8 @@ def table(name: str) -> str:
                 ratio = row["value"] / other if faster else other / row["value"]
             cells.append(f"{ratio:.1f}x" if other else "")
         lines.append("| " + " | ".join(cells) + " |")
+    if result.get("missing"):
+        lines += ["", f"Not measured: {'; '.join(result['missing'])}."]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     lines += [
         "",

@@ -1,11 +1,14 @@
 """Finds tile sizes of the kernels for the card at hand, and writes kernels/tuning.json.
 
-    python -m benchmarks.tune [--only attend_one ...] [--classes 2x128 ...] [--dry-run]
+    python -m benchmarks.tune [--only attend_one ...] [--classes 2x128 ...] [--seconds 500]
 
 For every shape class each candidate is compiled, held against float64 at ugly lengths, cut and
-uncut, and only then timed; what is wrong, or does not fit the card, cannot win. On Hopper the
-kernels of lightning_prefill_hopper and paged_prefill_hopper have fixed tiles: of the former's class
-the first pass alone is tuned, and what is found for the latter's serves other sizes of pages.
+uncut, and only then timed; what is wrong, or does not fit the card, cannot win, and what is in use
+is tried first. On Hopper the kernels of lightning_prefill_hopper and paged_prefill_hopper have
+fixed tiles: of the former's class the first pass alone is tuned, and what is found for the latter's
+serves other sizes of pages. Each class of a prefill has a second one, such as 2x128-short: how
+sequences of middling length are read in one pass, which is not done where it was not measured. The
+table is written after each class; once the seconds are over, what is not tried keeps what it had.
 Classes of `skinny` may have wildcards, and be others than the usual ones: 'norm-*-2x1x*'.
 """
 
@@ -13,108 +16,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import accumulate, product
+from itertools import product
 from typing import Any
 
 import torch
 
-from benchmarks.candidates import best, bound, error
+from benchmarks.candidates import DEVICE, Found, best, due, error, timed
 from benchmarks.pages import Paged
+from benchmarks.prefilling import tune_prefill
 from benchmarks.tune_skinny import tune_skinny
-from kernels import (
-    lightning_decode,
-    lightning_prefill,
-    lightning_ring,
-    paged_decode,
-    paged_prefill,
-    tuning,
-)
+from kernels import lightning_decode, lightning_ring, paged_decode, paged_prefill, tuning
 from kernels.lightning_reference import lightning_reference
-from kernels.packing import Packing
-from kernels.tuning import DecodeTuning, KeysTuning, PrefillTuning, RingTuning, RowsTuning, Tiles
+from kernels.tuning import DecodeTuning, KeysTuning, RingTuning, RowsTuning
 from model.lightning import drafts
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SLOPES = (0.9, 0.03, 4.05e-8, 0.0)
-UGLY = (1, 63, 64, 100, 257, 781, 3000)
-LONG = 65_536
 R = 16
-
-
-def packing(lengths: tuple[int, ...], starts: int) -> Packing:
-    """Sequences in the slots of their order."""
-    rows = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=DEVICE)
-    N = len(lengths)
-    slots = torch.arange(N, dtype=torch.int32, device=DEVICE)
-    return Packing(lengths, rows, slots, torch.full((N,), starts, device=DEVICE))
-
-
-class Prefilling:
-    """The inputs of a shape class: ugly lengths to be checked, a long sequence to be timed."""
-
-    def __init__(self, dtype: torch.dtype, dk: int, dv: int) -> None:
-        self.dtype, self.dk, self.dv = dtype, dk, dv
-        self.slopes = torch.tensor(SLOPES, device=DEVICE)
-        self.ugly = self.inputs(sum(UGLY), len(SLOPES))
-        self.initial = torch.randn(len(UGLY), len(SLOPES), dk, dv, device=DEVICE)
-        parts = [x.split(UGLY) for x in self.ugly]
-        sure = [
-            lightning_reference(q, k, v, self.slopes, 0.3, S)
-            for q, k, v, S in zip(*parts, self.initial, strict=True)
-        ]
-        self.expected = torch.cat([o for o, _ in sure]), torch.stack([S for _, S in sure])
-        self.long = self.inputs(LONG, 16)
-        self.long_slopes = torch.logspace(-5, -0.1, 16, device=DEVICE)
-        self.o = torch.empty_like(self.long[2])
-        self.state = torch.randn(1, 16, dk, dv, device=DEVICE)
-
-    def inputs(self, rows: int, H: int) -> list[torch.Tensor]:
-        widths = self.dk, self.dk, self.dv
-        return [torch.randn(rows, H, d, device=DEVICE).to(self.dtype) for d in widths]
-
-    def check(self, candidate: PrefillTuning) -> float:
-        """Greatest error of outputs and states; the longest of the sequences is cut."""
-        states = self.initial.clone()
-        o = torch.full_like(self.ugly[2], torch.nan)
-        where = self.slopes, 0.3, states, packing(UGLY, 5), o
-        lightning_prefill._triton(*self.ugly, *where, tuning=candidate)
-        found = zip((o, states), self.expected, strict=True)
-        errors = [error(actual, expected) for actual, expected in found]
-        return float(torch.tensor(errors).max())  # NaN if one is
-
-    def work(self, candidate: PrefillTuning) -> Callable[[], Any]:
-        where = self.long_slopes, 1.0, self.state, packing((LONG,), 1), self.o
-        return lambda: lightning_prefill._triton(*self.long, *where, tuning=candidate)
-
-
-def tune_prefill(classes: list[str]) -> dict[str, Any]:
-    """Both passes of each shape class: first the outputs, then the contributions."""
-    table = {}
-    for (itemsize, dk), chosen in tuning.PREFILL.items():
-        if classes and f"{itemsize}x{dk}" not in classes:
-            continue
-        dtype = torch.float32 if itemsize == 4 else torch.bfloat16
-        trial = Prefilling(dtype, dk, min(dk, 128))
-        name = f"prefill {itemsize}x{dk}"
-        if itemsize == 4:
-            grid = product((16, 32), (16, 32, 64), (4, 8), (1,))
-        else:
-            grid = product((32, 64), (64, 128), (4, 8), (1, 2, 3))
-        tiles = [Tiles(*each) for each in grid if each[1] <= trial.dv]
-        if (itemsize, dk) != (2, 128) or tuning.card(trial.o.device) != (9, 0):
-            options = [
-                replace(chosen, outputs=each, resident=count) for each in tiles for count in (1, 2)
-            ]
-            chosen = best(f"{name} outputs", options, trial.check, bound(dtype), trial.work)
-        options = [replace(chosen, contributions=each) for each in tiles]
-        chosen = best(f"{name} contributions", options, trial.check, bound(dtype), trial.work)
-        table[f"{itemsize}x{dk}"] = asdict(chosen)
-        del trial
-        torch.cuda.empty_cache()
-    return table
 
 
 class Decoding:
@@ -184,25 +105,23 @@ class BothSizes:
         return run
 
 
-def tune_decoding(ring: bool, classes: list[str]) -> dict[str, Any]:
+def tune_decoding(ring: bool, classes: list[str], deadline: float) -> Found:
     """By the state's dtype."""
     options: list[Any]
     if ring:
         options = [RingTuning(*each) for each in product((16, 32, 64), (2, 4, 8), (96, 128, 255))]
     else:
         options = [DecodeTuning(*each) for each in product((2048, 4096, 8192, 16384), (2, 4, 8))]
-    table = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        if classes and str(dtype.itemsize) not in classes:
-            continue
+    for itemsize in due("42", classes, deadline):
+        dtype = torch.float32 if itemsize == "4" else torch.bfloat16
         trial = BothSizes(dtype, ring)
-        name = f"{'ring' if ring else 'decode'} {dtype.itemsize}"
+        name = f"{'ring' if ring else 'decode'} {itemsize}"
         limit = 4e-3 if dtype == torch.float32 else 8e-3
-        chosen = best(name, options, trial.check, limit, trial.work)
-        table[str(dtype.itemsize)] = asdict(chosen)
+        usual = (tuning.ring_tuning if ring else tuning.decode_tuning)(DEVICE, dtype.itemsize)
+        rule = limit, timed(trial.work), deadline
+        yield itemsize, asdict(best(name, [usual, *options], trial.check, *rule))
         del trial
         torch.cuda.empty_cache()
-    return table
 
 
 ATTENDED = ("2x64", "2x128", "4x128")
@@ -250,31 +169,32 @@ class Attending:
         return run
 
 
-def tune_attending(one: bool, classes: list[str]) -> dict[str, Any]:
+def tune_attending(one: bool, classes: list[str], deadline: float) -> Found:
     """By bytes of an element and size of a head."""
-    table = {}
-    for name in classes or ATTENDED:
+    for name in due(ATTENDED, classes, deadline):
         trial = Attending(name, one)
         title = f"{'attend_one' if one else 'attend'} {name}"
-        find = partial(best, title, check=trial.check, limit=trial.limit, work=trial.work)
+        rule = {"check": trial.check, "limit": trial.limit, "measure": timed(trial.work)}
+        find = partial(best, title, **rule, deadline=deadline)
         chosen: Any
         if one:
             grid = product((32, 64), (2, 4), (1, 2, 3, 5))
-            chosen = find([KeysTuning(*each, 4) for each in grid])
-            chosen = find([replace(chosen, resident=count) for count in (2, 4, 8, 16)])
+            usual: Any = tuning.keys_tuning(DEVICE, *map(int, name.split("x")))
+            chosen = find([usual, *(KeysTuning(*each, 4) for each in grid)])
+            chosen = find([chosen, *(replace(chosen, resident=count) for count in (2, 4, 8, 16))])
         else:
             tiles = (64, 64, 4), (64, 32, 4), (128, 64, 8)
             if name.startswith("4"):
                 tiles = (64, 32, 8), (64, 32, 4), (32, 32, 4), (64, 16, 4)
-            chosen = find([RowsTuning(*t, s, 1) for t in tiles for s in (1, 2, 3)])
-            chosen = find([replace(chosen, resident=count) for count in (1, 2)])
-        table[name] = asdict(chosen)
-        del trial, find
+            usual = tuning.rows_tuning(DEVICE, *map(int, name.split("x")))
+            chosen = find([usual, *(RowsTuning(*t, s, 1) for t in tiles for s in (1, 2, 3))])
+            chosen = find([chosen, *(replace(chosen, resident=count) for count in (1, 2))])
+        yield name, asdict(chosen)
+        del trial, find, rule
         torch.cuda.empty_cache()
-    return table
 
 
-TUNERS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
+TUNERS: dict[str, Callable[[list[str], float], Found]] = {
     "prefill": tune_prefill,
     "decode": partial(tune_decoding, False),
     "ring": partial(tune_decoding, True),
@@ -288,16 +208,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", nargs="+", choices=TUNERS, default=list(TUNERS))
     parser.add_argument("--classes", nargs="+", default=[], help="of shapes; default: all")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which none begins")
     parser.add_argument("--dry-run", action="store_true", help="print, do not write")
     options = parser.parse_args()
+    deadline = time.monotonic() + options.seconds
     torch.manual_seed(0)
     table = json.loads(tuning.TABLE.read_text())
     mine = table.setdefault("sm_{}{}".format(*tuning.card(DEVICE)), {})
     with torch.inference_mode():
         for name in options.only:
-            mine.setdefault(name, {}).update(TUNERS[name](options.classes))
-            text = json.dumps(table, indent=1) + "\n"
-            print(text) if options.dry_run else tuning.TABLE.write_text(text)
+            for key, row in TUNERS[name](options.classes, deadline):
+                mine.setdefault(name, {}).pop(key, None)
+                if row is not None:
+                    mine[name][key] = row
+                print(f"{name} {key}: {json.dumps(row)}", flush=True)
+                if not options.dry_run:
+                    tuning.TABLE.write_text(json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":

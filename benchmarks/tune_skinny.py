@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from fnmatch import fnmatch
 from functools import partial
-from typing import Any
 
 import torch
 
-from benchmarks.candidates import best
+from benchmarks.candidates import DEVICE, Found, best, due, timed
 from benchmarks.skinny import CLASSES, Trial
-from kernels.tuning import SkinnyTuning
+from kernels.tuning import SkinnyTuning, skinny_of
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # outputs at a time, warps; 256 inputs a warp, so that a thread meets each input once
 SUMS = [(2, 4), (4, 4), (8, 4), (4, 2), (8, 2), (16, 2), (16, 1)]
 # by rows: rows, outputs and inputs at a time, warps, stages
@@ -56,33 +54,34 @@ def candidates(trial: Trial) -> list[SkinnyTuning]:
     return list(dict.fromkeys(found))
 
 
-def tune_skinny(classes: list[str]) -> dict[str, Any]:
+def tune_skinny(classes: list[str], deadline: float) -> Found:
     """By form, bytes of an element, rows, outputs and inputs; `classes` may have wildcards, or be
-    others than the usual ones. null: several kernels have won."""
+    others than the usual ones. No row: several kernels have won."""
     wanted: list[str] = []
     for each in classes or ["*"]:
         met = [name for name in CLASSES if fnmatch(name, each)]
         if not met and set(each) & set("*?["):
             raise SystemExit(f"--classes {each} matches none of {', '.join(CLASSES)}")
         wanted += [name for name in met or [each] if name not in wanted]
-    table = {}
-    for name in wanted:
+    for name in due(wanted, [], deadline):
         trial = Trial(name, DEVICE)
-        chosen = tuned(name, trial)
-        table[name] = chosen and asdict(chosen)
+        chosen = tuned(name, trial, deadline)
+        yield name, chosen and asdict(chosen)
         del trial
         torch.cuda.empty_cache()
-    return table
 
 
-def tuned(name: str, trial: Trial) -> SkinnyTuning | None:
+def tuned(name: str, trial: Trial, deadline: float) -> SkinnyTuning | None:
     """First the tiles, then whether to start early; right in everything that goes by this name."""
-    find = partial(best, f"skinny {name}", limit=trial.limit, work=trial.work)
-    options = [None, *candidates(trial)]
+    find = partial(
+        best, f"skinny {name}", limit=trial.limit, measure=timed(trial.work), deadline=deadline
+    )
+    usual = skinny_of(DEVICE, name)
+    options = list(dict.fromkeys([usual, None, *candidates(trial)]))
     while (tiles := find(options, trial.check)) is not None:
         whole = partial(trial.check, every=True)
-        pair = [replace(tiles, early=early) for early in (False, True)]
-        if (chosen := find([None, *pair], whole)) is not None:
+        pair = [tiles, replace(tiles, early=not tiles.early)]
+        if (chosen := find([*pair, None], whole)) is not None:
             return chosen
         options.remove(tiles)
     return None

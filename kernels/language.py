@@ -42,3 +42,9 @@ def expm1(x):
     """exp(x) - 1 for x <= 0 without cancellation: a polynomial of degree 7 near 0."""
     p = 1.0 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x / 5040)))))
     return tl.where(x > -0.25, x * p, tl.exp(x) - 1.0)
+
+
+@jit
+def felt(slope):
+    """Rows after which exp(-16) = 1e-7 is left of a state."""
+    return tl.minimum(16.0 / tl.maximum(slope, 1e-8), 1.6e9).to(tl.int32)

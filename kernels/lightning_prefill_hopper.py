@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from kernels.language import HAVE_TRITON, expm1
+from kernels.language import HAVE_TRITON, expm1, felt
 from kernels.packing import Packing
+from kernels.segments import Work
 from kernels.tuning import card
 
 if HAVE_TRITON:
@@ -36,7 +37,7 @@ K = 128  # rows of the state
 V = 64  # its columns, per program: two programs fit on a multiprocessor
 STAGES = 2  # blocks of rows in shared memory
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-VIEWS = ["items_ptr", "slots_ptr", "starts_ptr"]  # aligned now and then
+VIEWS = ["items_ptr", "cu_seqlens_ptr", "slots_ptr", "starts_ptr"]  # aligned now and then
 
 
 def jit(**options: Any) -> Any:
@@ -58,6 +59,20 @@ def _fetch(i, row, real, descs, columns, tiles, arrived):
         tma.async_copy_global_to_shared(descs[x], [row, columns[x]], bar, tile, pred=real)
 
 
+@jit()
+def _fetch_either(i, row, real, whole, descs, columns, tiles, arrived):
+    """The same of a block whose q is wanted only if it is `whole`."""
+    stage = i % tiles[0].shape[0]
+    size: gl.constexpr = descs[1].block_type.nbytes + descs[2].block_type.nbytes
+    bar = arrived.index(stage)
+    mbarrier.expect(bar, size, pred=real & (not whole))
+    mbarrier.expect(bar, size + descs[0].block_type.nbytes, pred=real & whole)
+    for x in gl.static_range(3):
+        tile = tiles[x].index(stage)
+        wanted = real & whole if x == 0 else real
+        tma.async_copy_global_to_shared(descs[x], [row, columns[x]], bar, tile, pred=wanted)
+
+
 @jit(do_not_specialize=["segments"], do_not_specialize_on_alignment=VIEWS)
 def _outputs_kernel(
     q_desc,
@@ -69,6 +84,7 @@ def _outputs_kernel(
     o_ptr,
     segments_ptr,
     items_ptr,
+    cu_seqlens_ptr,
     slots_ptr,
     starts_ptr,
     q_head_stride,
@@ -81,8 +97,12 @@ def _outputs_kernel(
     K: gl.constexpr,
     V: gl.constexpr,
     STAGES: gl.constexpr,
+    REREAD: gl.constexpr,
 ):
-    """One segment or whole sequence, one head, V columns of the state, which stays on chip."""
+    """One segment or whole sequence, one head, V columns of the state, which stays on chip.
+
+    REREAD: a segment starts from the state that its sequence had, and from the rows before it.
+    """
     dtype: gl.constexpr = q_desc.dtype
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     scores_a: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
@@ -108,8 +128,18 @@ def _outputs_kernel(
     fence_async_shared()
     descs, tiles = (q_desc, k_desc, v_desc), (q_tiles, k_tiles, v_tiles)
     columns = (i_h * q_head_stride, i_h * k_head_stride, i_h * v_head_stride + i_v * V)
-    for i in gl.static_range(STAGES):
-        _fetch(i, begin + i * C, i * C < n, descs, columns, tiles, arrived)
+    if REREAD:
+        before = begin - gl.load(cu_seqlens_ptr + i_n)
+        again = gl.minimum(before // C, felt(slope) // C + 1)
+        first = begin - again * C
+        total = again * C + n
+        for i in gl.static_range(STAGES):
+            real, whole = i * C < total, i >= again
+            _fetch_either(i, first + i * C, real, whole, descs, columns, tiles, arrived)
+    else:
+        again = 0
+        for i in gl.static_range(STAGES):
+            _fetch(i, begin + i * C, i * C < n, descs, columns, tiles, arrived)
 
     o_i = gl.arange(0, C, gl.SliceLayout(1, mma))
     o_j = gl.arange(0, C, gl.SliceLayout(0, mma))
@@ -120,7 +150,8 @@ def _outputs_kernel(
     o_s += i_h * K * DV + i_v * V + gl.arange(0, V, gl.SliceLayout(0, mma))[None, :]
     p_state = states_ptr + slot * states_stride + o_s
     if i_w < segments:
-        b_s = gl.load(segments_ptr + i_w * H * K * DV + o_s)  # [K, V]
+        home = i_n.to(gl.int64) if REREAD else i_w
+        b_s = gl.load(segments_ptr + home * H * K * DV + o_s)  # [K, V]
     else:
         m_s = gl.full([K, V], start, gl.int64, mma) > 0
         b_s = gl.load(p_state, mask=m_s, other=0.0).to(gl.float32)
@@ -130,12 +161,26 @@ def _outputs_kernel(
     p_o = o_ptr + (begin.to(gl.int64) * H + i_h) * DV + i_v * V
     zeros_ij = gl.zeros([C, C], gl.float32, mma)
     zeros_iv = gl.zeros([C, V], gl.float32, mma)
+    if REREAD:
+        b_s += b_s * expm1(-slope * before)
+        for j in range(again):
+            k, v = k_tiles.index(j % STAGES), v_tiles.index(j % STAGES)
+            mbarrier.wait(arrived.index(j % STAGES), (j // STAGES) & 1)
+            b_after = gl.exp(-slope * ((again - j) * C - 1 - o_r))[:, None]  # [C, 1]
+            v.store((v.load(rows).to(gl.float32) * b_after).to(dtype))
+            fence_async_shared()
+            update = warpgroup_mma(k.permute((1, 0)), v, b_s, is_async=True)
+            b_s = warpgroup_mma_wait(0, deps=(update,))
+            ahead = (j + STAGES) * C
+            real, whole = ahead < total, j + STAGES >= again
+            _fetch_either(j + STAGES, first + ahead, real, whole, descs, columns, tiles, arrived)
     for i in range((n + C - 1) // C):
-        stage = i % STAGES
+        j = again + i
+        stage = j % STAGES
         m = gl.minimum(n - i * C, C)
         m_r = (o_r < m)[:, None]
         q, k, v = q_tiles.index(stage), k_tiles.index(stage), v_tiles.index(stage)
-        mbarrier.wait(arrived.index(stage), (i // STAGES) & 1)
+        mbarrier.wait(arrived.index(stage), (j // STAGES) & 1)
         b_v = v.load(rows)
         if m < C:  # the rows that follow are others', and may hold NaN
             b_v = gl.where(m_r, b_v, 0.0)
@@ -158,7 +203,7 @@ def _outputs_kernel(
         gl.store(p_o + o_o, gl.convert_layout(b_o.to(dtype), rows), mask=m_r)
         b_o, b_s = warpgroup_mma_wait(0, deps=(b_o, b_s))
         ahead = (i + STAGES) * C
-        _fetch(i + STAGES, begin + ahead, ahead < n, descs, columns, tiles, arrived)
+        _fetch(j + STAGES, begin + ahead, ahead < n, descs, columns, tiles, arrived)
         p_o += C * H * DV
     if last > 0:
         gl.store(p_state, b_s.to(states_ptr.dtype.element_ty))
@@ -196,12 +241,13 @@ def outputs(
     states: torch.Tensor,
     o: torch.Tensor,
     segment_states: torch.Tensor,
-    items: torch.Tensor,
+    work: Work,
     packing: Packing,
+    stages: int,
 ) -> None:
     """o, and the states of sequences that end, by items of a plan (see kernels.segments)."""
     H = q.shape[1]
-    _outputs_kernel[(v.shape[-1] // V, H, len(items))](
+    _outputs_kernel[(v.shape[-1] // V, H, len(work.items))](
         _descriptor(q, K),
         _descriptor(k, K),
         _descriptor(v, V),
@@ -210,18 +256,20 @@ def outputs(
         states,
         o,
         segment_states,
-        items,
+        work.items,
+        packing.cu_seqlens,
         packing.slots,
         packing.starts,
         q.stride(1),
         k.stride(1),
         v.stride(1),
         states.stride(0),
-        len(segment_states),
+        work.segments,
         H,
         C=C,
         K=K,
         V=V,
-        STAGES=STAGES,
+        STAGES=stages,
+        REREAD=work.reread,
         num_warps=4,
     )

@@ -7,7 +7,7 @@ found; other cards get modest tiles. Nothing is measured while a server runs.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 TABLE = Path(__file__).with_suffix(".json")
+SHORT = "-short"  # ends the name of a prefill's class whose row is a RereadTuning
 
 
 @dataclass(slots=True, frozen=True)
@@ -28,12 +29,24 @@ class Tiles:
 
 
 @dataclass(slots=True, frozen=True)
+class RereadTuning:
+    """A single pass over segments that read again what comes before them: stages of its loop,
+    programs that a processor holds, what a row read again costs of a row with its output."""
+
+    stages: int
+    resident: int
+    cost: float
+
+
+@dataclass(slots=True, frozen=True)
 class PrefillTuning:
-    """Tiles of the two passes of a prefill; programs of the second that a processor holds."""
+    """Tiles of the two passes of a prefill; programs of the second that a processor holds; how
+    short sequences are read in one pass, if that was measured."""
 
     contributions: Tiles
     outputs: Tiles
     resident: int
+    reread: RereadTuning | None = None
 
 
 @dataclass(slots=True, frozen=True)
@@ -143,8 +156,11 @@ def measured(capability: tuple[int, int]) -> dict[str, dict[str, dict[str, Any]]
 def prefill_tuning(device: torch.device, itemsize: int, BLOCK_K: int) -> PrefillTuning:
     """Tiles for inputs of such elements and keys of such a size."""
     key = itemsize, max(BLOCK_K, 64)
-    found = measured(card(device)).get("prefill", {}).get("{}x{}".format(*key))
-    return PREFILL[key] if found is None else prefill_of(found)
+    name = "{}x{}".format(*key)
+    found = measured(card(device)).get("prefill", {})
+    tuning = prefill_of(found[name]) if name in found else PREFILL[key]
+    short = found.get(name + SHORT)
+    return tuning if short is None else replace(tuning, reread=RereadTuning(**short))
 
 
 @lru_cache(maxsize=64)

@@ -5,6 +5,7 @@ A prompt chunk and a decode token are both a Chunk: above the kernels there are 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -183,6 +184,19 @@ class Capacity:
     fingerprint: str = ""
     slot_layout: tuple[Layout, ...] = ()
     block_layout: tuple[Layout, ...] = ()
+
+    @property
+    def identity(self) -> str:
+        """Names what a state depends on beside tokens and a salt: the model, and how it computes.
+
+        Where two servers differ in it, neither can use the other's states.
+        """
+        layouts = (
+            f"{layout.name} {layout.dtype} {list(layout.shape)}"
+            for layout in (*self.slot_layout, *self.block_layout)
+        )
+        parts = (self.fingerprint, self.dtype, str(self.block_size), *layouts)
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 class OutOfDeviceMemory(Exception):

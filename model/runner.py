@@ -225,6 +225,9 @@ class ModelRunner:
             zeros = [0] * n
             self.step([Chunk(tokens=zeros, start=0, slot=0, blocks=blocks, sampling=draw)])
         self.step([Chunk(tokens=[0], start=1, slot=0, blocks=blocks, sampling=Sampling())])
+        if tokens > 2:  # a prompt that goes on: its state may be copied first
+            rest = [0] * (min(tokens, 512) - 1)
+            self.step([Chunk(tokens=rest, start=1, slot=0, blocks=blocks)])
         if self.capacity.slots > 1 and tokens >= 3:
             one = Chunk(tokens=[0], start=2, slot=0, blocks=blocks[:1], sampling=draw)
             two = Chunk(tokens=[0, 0], start=0, slot=1, blocks=blocks[1:2] or blocks, sampling=draw)

@@ -41,7 +41,7 @@ class Server:
         """SIGTERM, and its exit code."""
         self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(30)
+            return self.process.wait(120)
         finally:
             self.process.kill()
             self._rest.join()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -80,9 +80,8 @@ def cudnn(work: Paged) -> Callable[[], Any]:
     return run
 
 
-def chunk_rows(deadline: float) -> list[Row]:
+def chunk_rows(deadline: float) -> Iterator[Row]:
     """Chunks in one launch, beside cuDNN on the first of them times their number, if alike."""
-    result = []
     for shape in CHUNKS:
         work = Paged.random(shape.lengths, shape.past, H=shape.H, Hkv=shape.Hkv)
         pages = *work.pages, work.tables, work.packing
@@ -121,24 +120,20 @@ def chunk_rows(deadline: float) -> list[Row]:
             f"{name}: {value:.3f} ms, {4 * pairs * D * shape.H / value / 1e9:.0f} TFLOP/s, "
             f"error {wrong:.1e}, others {others}"
         )
-        result.append(
-            Row(
-                work=name,
-                value=value,
-                unit="ms",
-                better="lower",
-                goal=shape.goal * others["cuDNN"] if shape.goal and "cuDNN" in others else None,
-                peers=others,
-            )
+        yield Row(
+            work=name,
+            value=value,
+            unit="ms",
+            better="lower",
+            goal=shape.goal * others["cuDNN"] if shape.goal and "cuDNN" in others else None,
+            peers=others,
         )
         del work, run, pages
         torch.cuda.empty_cache()
-    return result
 
 
-def decode_rows(bandwidth: float) -> list[Row]:
+def decode_rows(bandwidth: float) -> Iterator[Row]:
     """One token of each sequence, beside the time of a copy as large as keys and values."""
-    result = []
     for B, context, H, Hkv in DECODES:
         past = (context,) * B if context else tuple(16 + 37 * i % 514 for i in range(B))
         work = Paged.random((1,) * B, past, H=H, Hkv=Hkv)
@@ -151,12 +146,12 @@ def decode_rows(bandwidth: float) -> list[Row]:
         floor = (sum(past) + B) * Hkv * D * 4 / bandwidth * 1e3
         value = milliseconds(run)
         print(f"{name}: {value:.4f} ms, {value / floor:.2f}x floor, error {wrong:.1e}")
-        result.append(Row(work=name, value=value, unit="ms", better="lower", floor=floor))
+        yield Row(work=name, value=value, unit="ms", better="lower", floor=floor)
         del work, run, pages
         torch.cuda.empty_cache()
-    return result
 
 
-def rows(bandwidth: float, deadline: float) -> list[Row]:
+def rows(bandwidth: float, deadline: float) -> Iterator[Row]:
     """Decoding, then chunks."""
-    return decode_rows(bandwidth) + chunk_rows(deadline)
+    yield from decode_rows(bandwidth)
+    yield from chunk_rows(deadline)

@@ -7,7 +7,7 @@ states as a model has layers, so that no state is still in the cache from the st
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -116,9 +116,8 @@ def fla(B: int) -> Callable[[], Any]:
     return work
 
 
-def rows(bandwidth: float, deadline: float) -> list[Row]:
+def rows(bandwidth: float, deadline: float) -> Iterator[Row]:
     """Batches of all sizes by each way."""
-    result = []
     for B in (1, 8, 32, 256, 1024):
         floor = 2 * B * H * D * D * 4 / bandwidth * 1e3
         others = {}
@@ -141,18 +140,15 @@ def rows(bandwidth: float, deadline: float) -> list[Row]:
                 raise AssertionError(f"{name}: error {wrong:.1e} > {CHECKED[dtype]}")
             value = milliseconds(layers.step) / len(layers.states)
             goal = goals.get(B)
-            result.append(
-                Row(
-                    work=name,
-                    value=value,
-                    unit="ms",
-                    better="lower",
-                    floor=floor,
-                    goal=goal and goal * floor,
-                    peers=others if not ring or dtype == torch.float32 else {},
-                )
+            yield Row(
+                work=name,
+                value=value,
+                unit="ms",
+                better="lower",
+                floor=floor,
+                goal=goal and goal * floor,
+                peers=others if not ring or dtype == torch.float32 else {},
             )
             print(f"{name}: {value / floor:.2f}x floor, error {wrong:.1e}")
             del layers
             torch.cuda.empty_cache()
-    return result

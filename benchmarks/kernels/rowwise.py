@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -68,10 +68,10 @@ def works() -> list[tuple[str, int, Callable[[], Any], Callable[[], Any]]]:
     ]
 
 
-def rows(bandwidth: float, deadline: float) -> list[Row]:
+def rows(bandwidth: float, deadline: float) -> Iterator[Row]:
     """Each beside a copy of the same bytes."""
-    return [
-        Row(
+    for name, size, work, other in works():
+        yield Row(
             work=f"{name}, {T} x {WIDTH}",
             value=milliseconds(work),
             unit="ms",
@@ -79,5 +79,3 @@ def rows(bandwidth: float, deadline: float) -> list[Row]:
             floor=size / bandwidth * 1e3,
             peers={"PyTorch": milliseconds(other)},
         )
-        for name, size, work, other in works()
-    ]

@@ -68,6 +68,8 @@ class EngineStream:
         self.ended |= output.finish is not None
         self._outputs.append(output)
         self._news.set()
+        if self.closed:
+            self._let_go()
 
     def extend(self, tokens: bytes, *, more: bool, boundaries: Sequence[int] = ()) -> None:
         """Send more of a prompt that was submitted with `more`."""
@@ -85,7 +87,15 @@ class EngineStream:
         if not self.closed:
             self.closed = True
             self._news.set()
+            self._let_go()
             self._client.forget(self)
+
+    def _let_go(self) -> None:
+        """Nobody will have the states of which Outputs tell that were not taken."""
+        for output in self._outputs:
+            if output.state is not None:
+                self._client.pin(output.state.key, -1)
+        self._outputs.clear()
 
     def __aiter__(self) -> EngineStream:
         return self

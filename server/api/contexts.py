@@ -10,6 +10,7 @@ import secrets
 import time
 from array import array
 from collections.abc import Mapping
+from pathlib import Path
 
 import msgspec
 from fastapi import APIRouter, Depends, Request
@@ -70,7 +71,7 @@ async def create(request: Request, service: TheService) -> Response:
     record = Record(
         id="ctx_" + secrets.token_hex(12),
         key=state.key,
-        fingerprint=service.capacity.fingerprint,
+        identity=service.capacity.identity,
         owner=request.state.owner,
         kind="text" if messages is None else "messages",
         count=state.count,
@@ -102,9 +103,7 @@ async def bring(request: Request, service: TheService) -> Response:
     asked = ForkBody.parse(msgspec.json.encode(fields))
     path = service.scratch / secrets.token_hex(12)
     try:
-        with path.open("wb") as file:
-            async for data in request.stream():
-                await asyncio.to_thread(file.write, data)
+        await _receive(request, path)
         record = await exchange.imported(service, path, request.state.owner)
     finally:
         path.unlink(missing_ok=True)
@@ -198,6 +197,16 @@ async def file(id: str, request: Request, service: TheService) -> Response:
         filename=f"{record.id}.safetensors",
         background=BackgroundTask(path.unlink, missing_ok=True),
     )
+
+
+async def _receive(request: Request, path: Path) -> None:
+    """An upload, as it comes, into a file."""
+    try:
+        with path.open("wb") as file:
+            async for data in request.stream():
+                await asyncio.to_thread(file.write, data)
+    except OSError as error:
+        raise trouble_of(exchange.full(error)) from error
 
 
 async def _enter(service: Service, record: Record, *, instead: Record | None = None) -> None:

@@ -122,8 +122,7 @@ def _begins(service: Service, record: Record, tokens: array[int]) -> bool:
     """Whether tokens begin with a context's: its key is a digest of them."""
     if len(tokens) < record.count:
         return False
-    capacity = service.capacity
-    chain = Chain(root_of(capacity.fingerprint, capacity.dtype, record.salt), tokens)
+    chain = Chain(root_of(service.capacity.identity, record.salt), tokens)
     return chain.key(record.count) == record.key
 
 

@@ -69,7 +69,7 @@ async def imported(service: Service, path: Path, owner: str) -> Record:
     return Record(
         id="ctx_" + secrets.token_hex(12),
         key=reply.state.key,
-        fingerprint=service.capacity.fingerprint,
+        identity=service.capacity.identity,
         owner=owner,
         count=reply.state.count,
         bytes=reply.state.bytes,
@@ -97,7 +97,7 @@ def _compose(source: Path, out: Path, record: Record) -> None:
             tensors.append(Tensor(archive.MESSAGES, "U8", (len(packed),), memoryview(packed)))
         context = {"name": record.name, "kind": record.kind, "template": record.template}
         metadata = {**head.metadata, "context": msgspec.json.encode(context).decode()}
-        metadata.pop("sha256", None)
+        metadata.pop("sha256", None)  # it is made anew
         archive.write(out, metadata, tensors)
         tensors.clear()
         view.release()

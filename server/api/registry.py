@@ -2,7 +2,8 @@
 
 With a directory a context is one small file, contexts/ID.KEY.json, which comes and goes by one
 rename or unlink; the name of the file keeps the state of KEY from being given up. All servers of
-one model that share the directory see it. Without a directory the registry is a dictionary.
+one model that compute alike and share the directory see it. Without a directory the registry is a
+dictionary.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ TAIL = 64  # last tokens of a text, kept to see how more text joins on
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """One context. owner and salt are digests; messages is what it was made from, or None."""
+    """One context. identity is that of the Capacity of servers that can use its state, owner and
+    salt are digests; messages is what it was made from, or None."""
 
     id: str
     key: str
-    fingerprint: str
+    identity: str
     owner: str
     kind: str
     count: int
@@ -68,9 +70,9 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 class Registry:
     """All methods may take the time of a disk: call them in a thread."""
 
-    def __init__(self, directory: Path | None, fingerprint: str) -> None:
+    def __init__(self, directory: Path | None, identity: str) -> None:
         self.directory = directory
-        self._fingerprint = fingerprint
+        self._identity = identity
         self._records: dict[str, Record] = {}  # by file name, or by id without a directory
         self._alone = threading.RLock()
 
@@ -135,14 +137,14 @@ class Registry:
                 )
 
     def _all(self) -> Iterator[Record]:
-        """Every record of this model, read once a file: a file never changes."""
+        """Every record that is of use here, read once a file: a file never changes."""
         if self.directory is None:
             yield from list(self._records.values())
             return
         found: dict[str, Record] = {}
         for path in (self.directory / "contexts").glob("*.*.json"):
             record = self._records.get(path.name) or self._read(path)
-            if record is not None and record.fingerprint == self._fingerprint:
+            if record is not None and record.identity == self._identity:
                 found[path.name] = record
         self._records = found
         yield from found.values()

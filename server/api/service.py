@@ -169,15 +169,18 @@ class Service:
 
     def _open_contexts(self) -> None:
         directory = self.settings.context_directory
-        self.contexts = Registry(directory, self.capacity.fingerprint)
+        self.contexts = Registry(directory, self.capacity.identity)
         self.scratch = Path(tempfile.mkdtemp(prefix="steadystate-"))
         self._closers.append(lambda: shutil.rmtree(self.scratch, ignore_errors=True))
 
     async def _purge(self) -> None:
         """Take out contexts whose time has come."""
         while True:
-            for record in await asyncio.to_thread(self.contexts.purge):
-                self.client.pin(record.key, -1)
+            try:
+                for record in await asyncio.to_thread(self.contexts.purge):
+                    self.client.pin(record.key, -1)
+            except OSError as error:
+                log.error("cannot look for contexts whose time has come: %s", error)
             await asyncio.sleep(PURGE_SECONDS)
 
     def _fail(self, why: str) -> None:

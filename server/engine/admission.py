@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from server.engine.checkpoints import Checkpoints
+from server.engine.patience import Patience
 from server.engine.request import Request
 from server.engine.slots import Holdings
 from server.engine.tiers import Checkpoint
@@ -18,6 +19,7 @@ class Admission:
     ) -> None:
         self.holdings = holdings
         self.checkpoints = checkpoints
+        self.patience = None if checkpoints is None else Patience(checkpoints)
         self.running = running
 
     def slot(self) -> bool:
@@ -41,14 +43,7 @@ class Admission:
     def defer(self, request: Request, found: Checkpoint | None, readers: Iterable[Request]) -> bool:
         """Let a request wait when what it begins with lies on the disk, or is being read, or when
         more of its prompt may tell of more to begin with."""
-        if self.checkpoints is None:
-            return False
-        if request.more and self.checkpoints.may_lead_on(request, readers):
-            return True
-        if self.checkpoints.fetch(request, found):
-            return True
-        request.waits = self.checkpoints.twin(request, found, readers)
-        return request.waits is not None
+        return self.patience is not None and self.patience.worth(request, found, readers)
 
     def fits(self, request: Request, found: Checkpoint | None) -> bool:
         """Whether there is a slot and blocks for all of it, once checkpoints have made room."""

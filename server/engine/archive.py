@@ -1,9 +1,10 @@
-"""States as files: safetensors, with a checksum, written whole or not at all, believed only once
+"""States as files: safetensors, with checksums, written whole or not at all, believed only once
 checked.
 
 The header's metadata say of which model and tokens the state is; the tensors are the token ids, in
 the narrowest integer that holds the vocabulary, and the state's own. Everything is refused that is
-not as it should be: names, dtypes, shapes, offsets, the checksum, numbers that are not finite.
+not as it should be: names, dtypes, shapes, offsets, checksums, numbers that are not finite. The
+header has a checksum of its own, so that a header of another model is told from a damaged one.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy
 
 from model.chunk import Capacity, Image, Layout, Tensor
-from server.engine.chain import BLOCK, Chain, root_of
+from server.engine.chain import BLOCK, Chain, root_of, trail
 
-VERSION = "1"
+VERSION = "2"
 MOST_HEADER = 1 << 20  # bytes; ours are a few kB
 TOKENS = "tokens"
 WIDTHS = {"U8": "<u1", "U16": "<u2", "I32": "<i4"}
@@ -36,6 +38,10 @@ TEMPORARY = "tmp-"
 
 class ArchiveError(ValueError):
     """A file that is not a state of this model, or is damaged; says what is wrong with it."""
+
+
+class ForeignError(ArchiveError):
+    """A file that may be good, for a server of another model, or of one that computes otherwise."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -71,10 +77,12 @@ def describe(capacity: Capacity, chain: Chain, position: int, *, salt: str) -> d
         "version": VERSION,
         "fingerprint": capacity.fingerprint,
         "dtype": capacity.dtype,
+        "identity": capacity.identity,
         "salt": salt,
         "count": str(position),
         "key": chain.key(position),
         "block": chain.digest(position // BLOCK).hex(),
+        "trail": trail(chain, position // BLOCK).hex(),
     }
 
 
@@ -85,14 +93,20 @@ def narrow(tokens: array[int], vocab_size: int) -> Tensor:
     return Tensor(TOKENS, dtype, (len(ids),), ids.view(numpy.uint8).data)
 
 
-def write(path: Path, metadata: Mapping[str, str], tensors: Iterable[Tensor]) -> int:
-    """Write a file that is there whole once this returns, whatever happens; its size in bytes.
+def write(path: Path, metadata: Mapping[str, str], tensors: Iterable[Tensor]) -> None:
+    """Write a file that is there whole once this returns, whatever happens.
 
     OSError when it cannot be written; nothing is left then.
     """
     tensors = list(tensors)
     head = header({**metadata, "sha256": checksum(tensors)}, tensors)
     write_whole(path, [head, *(tensor.data for tensor in tensors)])
+
+
+def size_of(metadata: Mapping[str, str], tensors: Iterable[Tensor]) -> int:
+    """Bytes that a file of these will have."""
+    tensors = list(tensors)
+    head = header({**metadata, "sha256": "0" * 64}, tensors)
     return len(head) + sum(tensor.data.nbytes for tensor in tensors)
 
 
@@ -108,6 +122,7 @@ def checksum(tensors: Iterable[Tensor]) -> str:
 def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Bytes into a file: under another name, to the disk, renamed, and the directory too."""
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}")
+    new, renamed = not path.exists(), False
     try:
         with temporary.open("xb") as file:
             for part in parts:
@@ -115,10 +130,11 @@ def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
+        renamed = True
         sync(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            (path if renamed and new else temporary).unlink()
         raise
 
 
@@ -133,7 +149,7 @@ def sync(directory: Path) -> None:
 
 def header(metadata: Mapping[str, str], tensors: Iterable[Tensor]) -> bytes:
     """The beginning of a safetensors file: its length as eight bytes, JSON, spaces up to eight."""
-    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    entries: dict[str, Any] = {}
     offset = 0
     for tensor in tensors:
         end = offset + tensor.data.nbytes
@@ -141,23 +157,36 @@ def header(metadata: Mapping[str, str], tensors: Iterable[Tensor]) -> bytes:
             "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end],
         }  # fmt: skip
         offset = end
+    entries["__metadata__"] = {**metadata, "header": _header_sum({**metadata}, entries)}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
+def _header_sum(metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> str:
+    """SHA-256 over all that a header says, whatever the order."""
+    text = json.dumps([metadata, tensors], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def read_header(path: Path) -> Header:
     """The beginning of a file. ArchiveError when it is none, OSError when it cannot be read."""
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= MOST_HEADER:
-            raise ArchiveError(f"a header of {length} bytes")
-        text = file.read(length)
+        return _read_header(file)
+
+
+def _read_header(file: BinaryIO) -> Header:
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= MOST_HEADER:
+        raise ArchiveError(f"a header of {length} bytes")
+    text = file.read(length)
     try:
         entries = json.loads(text)
         metadata = entries.pop("__metadata__")
         if not all(type(value) is str for value in metadata.values()):
             raise ArchiveError("metadata that are not strings")
+        if metadata.pop("header", "") != _header_sum(metadata, entries):
+            raise ArchiveError("its header's checksum is wrong")
         tensors = {
             name: (
                 entry["dtype"], tuple(map(_natural, entry["shape"])),
@@ -182,16 +211,19 @@ def read_header(path: Path) -> Header:
 
 
 def check_header(header: Header, capacity: Capacity, *, besides: Iterable[str] = ()) -> int:
-    """How many tokens the state is of. ArchiveError unless it fits this model."""
+    """How many tokens the state is of. ArchiveError unless it fits this model; ForeignError when
+    it may fit another."""
     metadata, tensors = header.metadata, header.tensors
+    if metadata.get("format") != "steadystate-state":
+        raise ArchiveError(f"format is {metadata.get('format')!r}, 'steadystate-state' is due")
     for name, due in (
-        ("format", "steadystate-state"),
         ("version", VERSION),
         ("fingerprint", capacity.fingerprint),
         ("dtype", capacity.dtype),
     ):
         if metadata.get(name) != due:
-            raise ArchiveError(f"{name} is {metadata.get(name)!r}, {due!r} is due")
+            raise ForeignError(f"{name} is {metadata.get(name)!r}, {due!r} is due")
+    foreign = metadata.get("identity") != capacity.identity
     digits = metadata.get("count", "")
     count = int(digits) if digits.isdecimal() and len(digits) < 16 else 0
     if count < 1:
@@ -210,19 +242,22 @@ def check_header(header: Header, capacity: Capacity, *, besides: Iterable[str] =
         if name in layouts:
             wanted = f"{layouts[name].dtype} {list(layouts[name].shape)}"
         if found != wanted:
-            raise ArchiveError(f"tensor {name!r} is {found}, {wanted} is due")
+            kind = ForeignError if foreign else ArchiveError
+            raise kind(f"tensor {name!r} is {found}, {wanted} is due")
+    if foreign:
+        raise ForeignError("it is of a server that lays states out otherwise")
     return count
 
 
 def read(path: Path, capacity: Capacity, *, besides: Iterable[str] = ()) -> State:
     """The state in a file, checked in every way. ArchiveError, OSError."""
-    head = read_header(path)
-    count = check_header(head, capacity, besides=besides)
-    with path.open("rb") as file:
-        file.seek(head.start)
-        data = memoryview(file.read())
+    with path.open("rb") as file:  # once: another file may come to the name meanwhile
+        head = _read_header(file)
+        count = check_header(head, capacity, besides=besides)
+        size = os.fstat(file.fileno()).st_size
+        data = memoryview(file.read() if size == head.size else b"")
     if head.start + len(data) != head.size:
-        raise ArchiveError(f"{head.start + len(data)} bytes, {head.size} are due")
+        raise ArchiveError(f"{size} bytes, {head.size} are due")
     tensors = {
         name: Tensor(name, dtype, shape, data[begin:end])
         for name, (dtype, shape, begin, end) in head.tensors.items()
@@ -239,10 +274,12 @@ def read(path: Path, capacity: Capacity, *, besides: Iterable[str] = ()) -> Stat
     if len(salt) != 64 or not all(digit in "0123456789abcdef" for digit in salt):
         raise ArchiveError("its salt is not a digest")
     tokens = array("i", ids.astype("<i4").tobytes())
-    chain = Chain(root_of(capacity.fingerprint, capacity.dtype, salt), tokens)
-    key = chain.key(count)
-    if head.metadata.get("key") != key:
-        raise ArchiveError("its key is not that of its tokens")
+    chain = Chain(root_of(capacity.identity, salt), tokens)
+    due = describe(capacity, chain, count, salt=salt)
+    for name, value in due.items():
+        if head.metadata.get(name) != value:
+            raise ArchiveError(f"its {name} is not that of its tokens")
+    key = due["key"]
     image = Image([tensors[name] for name in names])
     return State(chain, key, count, salt, image, head.size)
 

@@ -1,22 +1,18 @@
-"""The chain: which prefixes of token sequences are known, by a hash over everything before.
+"""The chain: prefixes of token sequences, named by a hash over everything before.
 
 A sequence is cut into blocks of BLOCK tokens. The digest of a block is SHA-256 over the digest of
 the one before it and its own tokens; that of the root is over what else a state depends on. So a
-digest names a whole prefix. A match is verified by the tokens themselves all the same.
+digest names a whole prefix.
 """
 
 from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import OrderedDict
-from dataclasses import dataclass, field
-from itertools import islice
-from typing import Generic, Protocol, TypeVar
 
 BLOCK = 256
-NEIGHBOURS = 64  # of a block, looked at to see where sequences part
-GHOSTS = 65_536  # prefixes given up, remembered to tell a miss from a first time
+MILESTONES = 64  # between n and 2 n blocks; all of the first 2 MILESTONES are
+STONE = 8  # bytes of a digest that a milestone shows
 
 
 def salt_digest(salt: str) -> str:
@@ -24,10 +20,10 @@ def salt_digest(salt: str) -> str:
     return hashlib.sha256(salt.encode()).hexdigest()
 
 
-def root_of(fingerprint: str, dtype: str, salt: str) -> bytes:
-    """What a sequence begins with: the model, how it computes, and the digest of a salt that keeps
-    tenants apart."""
-    parts = (hashlib.sha256(part.encode()).digest() for part in (fingerprint, dtype, salt))
+def root_of(identity: str, salt: str) -> bytes:
+    """What a sequence begins with: the model and how it computes (Capacity.identity), and the
+    digest of a salt that keeps tenants apart."""
+    parts = (hashlib.sha256(part.encode()).digest() for part in (identity, salt))
     return hashlib.sha256(b"steadystate\0" + b"".join(parts)).digest()
 
 
@@ -62,7 +58,24 @@ class Chain:
         """The name of the prefix of so many tokens, in hexadecimal."""
         index, rest = divmod(position, BLOCK)
         digest, tail = self.digest(index), self.chunk(index, rest)
-        return (_tail(digest, tail) if rest else digest).hex()
+        return (tail_digest(digest, tail) if rest else digest).hex()
+
+
+def milestone(blocks: int) -> tuple[int, int]:
+    """The last milestone within so many blocks: its number, and after how many blocks it stands.
+    Milestones are the same for all sequences."""
+    shift = max(0, blocks.bit_length() - MILESTONES.bit_length())
+    return (blocks >> shift) + MILESTONES * shift, blocks >> shift << shift
+
+
+def trail(chain: Chain, blocks: int) -> bytes:
+    """The beginnings of the digests at all milestones within so many blocks: enough to tell where
+    a sequence leads without its tokens."""
+    at, stones = 0, []
+    while at <= blocks:
+        stones.append(chain.digest(at)[:STONE])
+        at += 1 << max(0, at.bit_length() - MILESTONES.bit_length())
+    return b"".join(stones)
 
 
 def shared(one: Chain, other: Chain) -> int:
@@ -79,123 +92,17 @@ def shared(one: Chain, other: Chain) -> int:
     return low * BLOCK + common(one.chunk(low), other.chunk(low))
 
 
-class Leaf(Protocol):
-    """What hangs on a block: something at a position inside the block that follows."""
-
-    @property
-    def position(self) -> int: ...
-
-
-L = TypeVar("L", bound=Leaf)
-
-
-@dataclass(slots=True, eq=False)
-class Block(Generic[L]):
-    """A known block: its tokens, the blocks seen after it, and the leaves between."""
-
-    digest: bytes
-    tokens: bytes
-    parent: Block[L] | None
-    children: dict[bytes, Block[L]] = field(default_factory=dict)
-    tails: dict[bytes, L] = field(default_factory=dict)  # by the tokens after the block
-
-    def leaf(self, rest: bytes) -> L | None:
-        """The farthest leaf that a sequence, which goes on with `rest`, comes by."""
-        if self.tails:
-            for length in range(len(rest), -1, -4):
-                if (leaf := self.tails.get(rest[:length])) is not None:
-                    return leaf
-        return None
+def leads(one: Chain, other: Chain) -> bool:
+    """Whether a sequence begins with all of another's tokens."""
+    if len(other.tokens) < len(one.tokens):
+        return False
+    index, rest = divmod(len(one.tokens), BLOCK)
+    same = one.digest(index) == other.digest(index)
+    return same and one.chunk(index, rest) == other.chunk(index, rest)
 
 
-class Tree(Generic[L]):
-    """Blocks of all sequences that lead to a leaf; a block without leaf or child is dropped."""
-
-    def __init__(self) -> None:
-        self.blocks: dict[bytes, Block[L]] = {}
-        self._ghosts: OrderedDict[bytes, None] = OrderedDict()
-
-    def known(self, chain: Chain) -> list[Block[L]]:
-        """The longest path of known blocks that a sequence follows, the root first."""
-        path: list[Block[L]] = []
-        for index in range(len(chain.tokens) // BLOCK + 1):
-            block = self.blocks.get(chain.digest(index))
-            if block is None or (index and block.tokens != chain.chunk(index - 1)):
-                break
-            path.append(block)
-        return path
-
-    def parting(self, chain: Chain, path: list[Block[L]]) -> int:
-        """How many tokens a sequence shares with any other that is known."""
-        if not path:
-            return 0
-        index, last = len(path) - 1, path[-1]
-        rest = chain.chunk(index)
-        tails = islice(reversed(last.tails), NEIGHBOURS)
-        blocks = islice(reversed(last.children.values()), NEIGHBOURS)
-        others = [*tails, *(block.tokens for block in blocks)]
-        return index * BLOCK + max((common(rest, other) for other in others), default=0)
-
-    def gone(self, chain: Chain, path: list[Block[L]]) -> bool:
-        """Whether what follows the known blocks was known once."""
-        index = max(0, len(path) - 1)
-        rest = chain.chunk(index)
-        digest = chain.digest(index)
-        following = (_tail(digest, rest[:n]) for n in range(4, len(rest), 4))
-        if len(rest) == 4 * BLOCK and chain.digest(index + 1) in self._ghosts:
-            return True
-        return any(digest in self._ghosts for digest in following)
-
-    def chain(self, block: Block[L], leaf: L) -> Chain:
-        """The sequence that leads to a leaf."""
-        path = [block]
-        while (parent := path[-1].parent) is not None:
-            path.append(parent)
-        path.reverse()
-        tail = next(tail for tail, other in block.tails.items() if other is leaf)
-        tokens = array("i", b"".join([*(step.tokens for step in path), tail]))
-        return Chain(path[0].digest, tokens, [step.digest for step in path])
-
-    def add(self, chain: Chain, leaf: L) -> Block[L]:
-        """Hang a leaf at its position, and the blocks that lead there."""
-        index, rest = divmod(leaf.position, BLOCK)
-        digests = chain.digests(index)
-        at = index
-        while at > 0 and digests[at] not in self.blocks:
-            at -= 1
-        block = self.blocks.get(digests[at])
-        if block is None:
-            block = self.blocks[digests[0]] = Block(digests[0], b"", None)
-        for i in range(at, index):
-            child = Block(digests[i + 1], chain.chunk(i), block)
-            block.children[child.digest] = self.blocks[child.digest] = child
-            block = child
-        tail = chain.chunk(index, rest)
-        assert tail not in block.tails, f"two leaves at {leaf.position} tokens of one sequence"
-        block.tails[tail] = leaf
-        return block
-
-    def remove(self, block: Block[L], leaf: L) -> None:
-        """Take a leaf away, and the blocks that lead to no other."""
-        tail = next(tail for tail, other in block.tails.items() if other is leaf)
-        del block.tails[tail]
-        self._forget(_tail(block.digest, tail) if tail else block.digest)
-        while not block.tails and not block.children:
-            del self.blocks[block.digest]
-            self._forget(block.digest)
-            if block.parent is None:
-                break
-            del block.parent.children[block.digest]
-            block = block.parent
-
-    def _forget(self, digest: bytes) -> None:
-        self._ghosts[digest] = None
-        self._ghosts.move_to_end(digest)
-        if len(self._ghosts) > GHOSTS:
-            self._ghosts.popitem(last=False)
-
-
-def _tail(digest: bytes, tail: bytes) -> bytes:
+def tail_digest(digest: bytes, tail: bytes) -> bytes:
+    """Of a whole block and tokens after it that do not fill another."""
     return hashlib.sha256(b"tail" + digest + tail).digest()
 
 

@@ -7,20 +7,20 @@ least one token to compute: the last token's logits are not kept.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 from model.chunk import Capacity, Copy
 from server.engine.archive import State
-from server.engine.chain import Block, Chain, Tree, root_of, shared
+from server.engine.chain import BLOCK, Chain, root_of
 from server.engine.disk import Disk
 from server.engine.jobs import Jobs
-from server.engine.positions import LEAST, grid, plan, spacing
+from server.engine.positions import LEAST, plan, spacing
 from server.engine.request import Request
 from server.engine.shelf import Shelf
 from server.engine.slots import Holdings
 from server.engine.tiers import Checkpoint, Tiers
-from server.protocol import CacheStats, Trouble
+from server.engine.tree import Tree, Walk
+from server.protocol import CacheStats
 
 
 class Checkpoints:
@@ -45,6 +45,7 @@ class Checkpoints:
         disk_bytes: int = 0,
     ) -> None:
         self.capacity = capacity
+        self.identity = capacity.identity
         self.every = spacing(capacity.state_bytes)
         self.tiers = Tiers(capacity, holdings, copies, host_bytes=host_bytes)
         self.queries = self.hits = self.queried_tokens = self.saved_tokens = 0
@@ -54,17 +55,15 @@ class Checkpoints:
         if directory is not None:
             shelf = Shelf(directory, capacity, self.jobs, budget=disk_bytes)
             self.disk = Disk(shelf, self.tiers, self.chain, self.receive)
-        self._tree: Tree[Checkpoint] = Tree()
+        self.tree: Tree[Checkpoint] = Tree()
         self._by_key: dict[str, Checkpoint] = {}
         self._fetched: list[Checkpoint] = []  # from the disk, pinned until those who wait have had
         self._number = 0
-        self._changes = 0  # of the index, so that nothing is looked up twice
 
     def begin(self, request: Request) -> None:
         """Give a request that has arrived its chain."""
         if request.chain is None:
-            root = root_of(self.capacity.fingerprint, self.capacity.dtype, request.salt)
-            request.chain = Chain(root, request.tokens)
+            request.chain = Chain(root_of(self.identity, request.salt), request.tokens)
 
     def get(self, key: str) -> Checkpoint | None:
         """The checkpoint of a key, if it lies in memory."""
@@ -73,40 +72,15 @@ class Checkpoints:
     def chain(self, checkpoint: Checkpoint) -> Chain:
         """The tokens that lead to a checkpoint."""
         assert checkpoint.block is not None
-        return self._tree.chain(checkpoint.block, checkpoint)
+        return self.tree.chain(checkpoint.block, checkpoint)
 
     def find(self, request: Request) -> Checkpoint | None:
-        """The farthest checkpoint in memory that a request can begin with."""
-        if request.looked_up == self._changes:
-            return request.found
-        chain, most = _chain(request), request.most_cached
-        path = request.path = self._tree.known(chain)
-        request.looked_up, request.found = self._changes, None
-        for index in range(len(path) - 1, -1, -1):
-            found = path[index].leaf(chain.within(index, most))
-            if found is not None:
-                if found.position >= LEAST or request.reading:
-                    request.found = found
-                break
-        return request.found
-
-    def fetch(self, request: Request, found: Checkpoint | None) -> bool:
-        """Whether a request does better to wait for a state that lies on the disk; it is loaded."""
-        if self.disk is None:
-            return False
-        least = LEAST if found is None else found.position + LEAST
-        entry = self.disk.shelf.find(_chain(request), request.most_cached, least)
-        if entry is None or entry.key in request.tried:
-            return False
-        request.fetches = entry.key
-        request.tried.add(entry.key)
-
-        def then(trouble: Trouble | None) -> None:
-            request.fetches = ""
-            request.refused |= trouble is not None
-
-        self.disk.load(entry.key, then)
-        return True
+        """The farthest checkpoint in memory that a request can begin with, as far as its prompt is
+        known."""
+        found = self.tree.find(chain_of(request), request.walk, request.most_cached)
+        if found is None or (found.position < LEAST and not request.reading):
+            return None
+        return found
 
     def receive(self, state: State) -> None:
         """Put a state from the disk on the host and into the index."""
@@ -135,75 +109,49 @@ class Checkpoints:
             self.tiers.trim()
             self.sweep()
 
-    def twin(
-        self, request: Request, found: Checkpoint | None, readers: Iterable[Request]
-    ) -> tuple[Request, int] | None:
-        """Who is reading what this request begins with, and where they part; that is worth waiting
-        for, and marked to be kept."""
-        best = 0 if found is None else found.position
-        choice: tuple[Request, int] | None = None
-        most = request.most_cached
-        for reader in readers:
-            last = reader.most_cached
-            if reader.chain is None or last - best < LEAST or reader.computed >= last:
-                continue
-            at = min(shared(_chain(request), reader.chain), most, last)
-            if at - best >= LEAST and reader.computed < at:
-                best, choice = at, (reader, at)
-        if choice is not None:
-            reader, at = choice
-            if at not in reader.wanted:
-                reader.wanted = sorted([*reader.wanted, at])
-        return choice
-
-    def may_lead_on(self, request: Request, readers: Iterable[Request]) -> bool:
-        """Whether a request of whose prompt more is to come may then begin farther on: all of it
-        that is known leads to what was read, or is being read."""
-        chain, known = _chain(request), len(request.tokens)
-        if self._tree.parting(chain, request.path) >= known:
-            return True
-        if any(reader.chain and shared(chain, reader.chain) >= known for reader in readers):
-            return True
-        return self.disk is not None and self.disk.shelf.beyond(known)
-
     def extend(self, request: Request, added: int) -> None:
         """So many more tokens of a prompt that has been admitted."""
         self.queried_tokens += added
-        if request.more:
-            return
-        chain = _chain(request)
-        marks = plan(
-            request.prompt_length, start=request.computed, boundaries=request.boundaries,
-            every=self.every,
-        )  # fmt: skip
-        new = (at for at in marks if chain.key(at) not in self._by_key)
-        within = (at for at in request.wanted if at < request.prompt_length)
-        request.wanted = sorted({*within, *new})
+        self._explain(request)
+        kept = request.wanted
+        if not request.more:  # positions past an early end are none
+            kept = [at for at in kept if at < request.prompt_length]
+        request.wanted = sorted({*kept, *self._wanted(request)})
 
     def admit(self, request: Request, found: Checkpoint | None) -> None:
         """Begin with a checkpoint, or with nothing, and decide what to keep on the way."""
-        chain = _chain(request)
-        path, request.path, request.found = request.path, [], None
-        length = request.prompt_length
-        parting = min(self._tree.parting(chain, path), length - 1)
-        self._count(request, found, parting, path)
+        chain = chain_of(request)
+        parting = min(self.tree.parting(chain, request.walk), request.prompt_length - 1)
+        self.count(request, found)
+        request.walk = Walk()
         if found is not None:
             self.tiers.give(found, request)
             self.sweep()
             request.cached = request.computed
-        start = request.computed
-        if request.more:  # where it ends is not known yet
-            wanted = grid(start, max(request.expected, length), self.every)
-        else:
-            wanted = plan(
-                length, start=start, boundaries=request.boundaries, every=self.every,
-                whole=request.reading,
-            )  # fmt: skip
-        if parting - start >= LEAST and all(abs(parting - at) >= LEAST for at in wanted):
+        wanted = self._wanted(request)
+        if (
+            parting - request.computed >= LEAST
+            and all(abs(parting - at) >= LEAST for at in wanted)
+            and chain.key(parting) not in self._by_key
+        ):
             wanted.append(parting)
-        request.wanted = sorted(
-            at for at in wanted if at > length or chain.key(at) not in self._by_key
-        )
+        request.wanted = sorted(wanted)
+
+    def count(self, request: Request, found: Checkpoint | None) -> None:
+        """A request has been looked up for good."""
+        self.queries += 1
+        self.queried_tokens += request.prompt_length
+        if found is not None:
+            self.hits += 1
+            self.saved_tokens += found.position
+        else:
+            parting = self.tree.parting(chain_of(request), request.walk)
+            request.missed = (parting, max(0, len(request.walk.path) - 1))
+            self._explain(request)
+
+    def leave(self, request: Request) -> None:
+        """A request has ended, whatever its end."""
+        self._explain(request, ended=True)
 
     def take(self, request: Request) -> None:
         """Keep the state of a running request if it has come to a position that is wanted."""
@@ -233,7 +181,7 @@ class Checkpoints:
         if checkpoint is not None:
             self.tiers.inherit(checkpoint, request)
             self._keep(checkpoint, request, True)
-        return self._by_key.get(_chain(request).key(request.computed))
+        return self._by_key.get(chain_of(request).key(request.computed))
 
     def disown(self, request: Request, position: int = 0) -> None:
         """Give up what was kept of a request beyond a position: its step was lost."""
@@ -254,10 +202,9 @@ class Checkpoints:
         """Forget those that lie nowhere any more."""
         for checkpoint in self.tiers.lost:
             if checkpoint.gone and self._by_key.get(checkpoint.key) is checkpoint:
-                self._changes += 1
                 del self._by_key[checkpoint.key]
                 assert checkpoint.block is not None
-                self._tree.remove(checkpoint.block, checkpoint)
+                self.tree.remove(checkpoint.block, checkpoint)
         self.tiers.lost.clear()
 
     def stats(self) -> CacheStats:
@@ -287,11 +234,21 @@ class Checkpoints:
         """Assert that the index and the tiers agree."""
         self.tiers.check()
         assert {*self.tiers.device, *self.tiers.host} == set(self._by_key.values())
-        assert bool(self._by_key) == bool(self._tree.blocks)
+        assert bool(self._by_key) == bool(self.tree.blocks)
+
+    def _wanted(self, request: Request) -> list[int]:
+        """Where the rest of a prompt pauses, as far as it is known, for checkpoints not there."""
+        length, more = request.prompt_length, request.more
+        marks = plan(
+            max(request.expected, length) if more else length, start=request.computed,
+            boundaries=request.boundaries, every=self.every, whole=request.reading, more=more,
+        )  # fmt: skip
+        chain = chain_of(request)
+        return [at for at in marks if at > length or chain.key(at) not in self._by_key]
 
     def _new(self, request: Request) -> Checkpoint | None:
         """A checkpoint at a request's position; None, and a touch, if there is one."""
-        key = _chain(request).key(request.computed)
+        key = chain_of(request).key(request.computed)
         if (known := self._by_key.get(key)) is not None:
             self.tiers.touch(known)
             return None
@@ -303,37 +260,34 @@ class Checkpoints:
 
     def _keep(self, checkpoint: Checkpoint, request: Request, kept: bool) -> None:
         if kept:
-            self._index(checkpoint, _chain(request))
+            self._index(checkpoint, chain_of(request))
             request.kept.append(checkpoint)
         self.sweep()
 
     def _index(self, checkpoint: Checkpoint, chain: Chain) -> None:
-        self._changes += 1
         self._by_key[checkpoint.key] = checkpoint
-        checkpoint.block = self._tree.add(chain, checkpoint)
+        checkpoint.block = self.tree.add(chain, checkpoint)
 
-    def _count(
-        self,
-        request: Request,
-        found: Checkpoint | None,
-        parting: int,
-        path: list[Block[Checkpoint]],
-    ) -> None:
-        self.queries += 1
-        self.queried_tokens += request.prompt_length
-        if found is not None:
-            self.hits += 1
-            self.saved_tokens += found.position
-        elif request.prompt_length <= LEAST:
-            self.misses["short"] += 1
-        elif request.refused:
-            self.misses["damaged"] += 1
-        elif self._tree.gone(_chain(request), path):
-            self.misses["evicted"] += 1
+    def _explain(self, request: Request, *, ended: bool = False) -> None:
+        """Say why a request has missed, once enough of its prompt is known to tell."""
+        if request.missed is None:
+            return
+        chain, most, (parting, index) = chain_of(request), request.most_cached, request.missed
+        if request.more and not ended and most < (index + 1) * BLOCK:
+            return
+        request.missed = None
+        if request.prompt_length <= LEAST:
+            reason = "short"
+        elif any(entry.awaits(chain) for entry in request.refused):
+            reason = "damaged"
+        elif self.tree.gone(chain, index, most):
+            reason = "evicted"
         else:
-            self.misses["parted" if parting >= LEAST else "new"] += 1
+            reason = "parted" if min(parting, request.prompt_length - 1) >= LEAST else "new"
+        self.misses[reason] += 1
 
 
-def _chain(request: Request) -> Chain:
+def chain_of(request: Request) -> Chain:
+    """Its chain, which every request has that is looked up."""
     assert request.chain is not None, "a request without a chain"
     return request.chain

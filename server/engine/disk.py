@@ -20,6 +20,8 @@ from server.protocol import Trouble
 WORTH = 256  # tokens that a state must save to be kept for another life
 MOST_SPILLS = 4  # images that may wait to be written; beyond, states are given up for good
 
+WRONG = Trouble(507, "the step that made the state was lost")
+
 Then = Callable[[Trouble | None], None]  # is told why not
 
 
@@ -31,7 +33,13 @@ class Saving:
     position: int
     salt: str
     image: Image
-    then: Then
+    told: list[Then]  # who asked for it
+    filled: bool = False
+    wrong: bool = False  # the state has turned out to be, and no file of it may stay
+
+    def tell(self, trouble: Trouble | None) -> None:
+        for then in self.told:
+            then(trouble)
 
 
 class Disk:
@@ -45,18 +53,11 @@ class Disk:
         self.tiers = tiers
         self._chain = chain
         self._receive = receive
-        self._savings: list[Saving] = []
+        self._savings: dict[str, Saving] = {}  # whose images wait to be filled
+        self._writing: dict[str, Saving] = {}
         self._spills = 0
-        self._writing: set[str] = set()
-        self._discarded: set[str] = set()  # that are being saved, though they are wrong
-        self._rested: set[str] = set()  # that were saved for want of anything else to do
         self._loads: dict[str, list[Then]] = {}
         tiers.spill = self.spill
-
-    @property
-    def waiting(self) -> bool:
-        """Whether images will be filled by the next copies."""
-        return bool(self._savings)
 
     def loading(self, key: str) -> bool:
         """Whether a state is on its way."""
@@ -64,7 +65,7 @@ class Disk:
 
     def spill(self, checkpoint: Checkpoint) -> None:
         """Save a state that the host is about to give up, unless too many are being saved."""
-        if checkpoint.key in self.shelf.entries or self._spills >= MOST_SPILLS:
+        if checkpoint.key in self.shelf or self._spills >= MOST_SPILLS:
             return
         self._spills += 1
 
@@ -82,10 +83,10 @@ class Disk:
             for checkpoint in reversed(tier):
                 if (
                     checkpoint.position >= WORTH
-                    and checkpoint.key not in self.shelf.entries
-                    and checkpoint.key not in self._rested
+                    and not checkpoint.rested
+                    and checkpoint.key not in self.shelf
                 ):
-                    self._rested.add(checkpoint.key)
+                    checkpoint.rested = True
                     if self.tiers.hold(checkpoint):
                         self.spill(checkpoint)
                     return
@@ -94,36 +95,49 @@ class Disk:
         """A state has turned out to be wrong: no file of it may stay."""
         if key in self.shelf.entries:
             self.shelf.drop(key)
-        elif any(saving.chain.key(saving.position) == key for saving in self._savings) or (
-            key in self._writing
-        ):
-            self._discarded.add(key)
+        if key in self._writing:
+            self._writing[key].wrong = True
+        if (saving := self._savings.pop(key, None)) is not None:
+            saving.tell(WRONG)
 
     def save(self, checkpoint: Checkpoint, then: Then) -> None:
-        """Save a state that lies on the host."""
+        """Save a state that lies on the host; once for all who ask meanwhile."""
+        for savings in (self._savings, self._writing):
+            saving = savings.get(checkpoint.key)
+            if saving is not None and not saving.wrong:
+                saving.told.append(then)
+                return
         assert checkpoint.on_host
         image = Image()
         place = Place(image=image, position=checkpoint.position)
         self.tiers.copies.append(Copy(self.tiers.saved(checkpoint), place))
-        chain = self._chain(checkpoint)
-        self._savings.append(Saving(chain, checkpoint.position, checkpoint.salt, image, then))
+        self._savings[checkpoint.key] = Saving(
+            self._chain(checkpoint), checkpoint.position, checkpoint.salt, image, [then]
+        )
 
     def copied(self) -> None:
         """The copies were carried out: what they have filled can be written."""
-        savings, self._savings = self._savings, []
-        for saving in savings:
-            self._write(saving)
+        for saving in self._savings.values():
+            saving.filled = True
+        self._write_filled()
 
-    def _write(self, saving: Saving) -> None:
-        key = saving.chain.key(saving.position)
-        self._writing.add(key)
+    def _write_filled(self) -> None:
+        """Begin to write what can be, one file of a name at a time."""
+        for key, saving in list(self._savings.items()):
+            if saving.filled and key not in self._writing:
+                del self._savings[key]
+                self._write(key, saving)
+
+    def _write(self, key: str, saving: Saving) -> None:
+        self._writing[key] = saving
 
         def then(trouble: Trouble | None) -> None:
-            self._writing.discard(key)
-            if key in self._discarded:
-                self._discarded.remove(key)
+            del self._writing[key]
+            if saving.wrong:
                 self.shelf.drop(key)
-            saving.then(trouble)
+                trouble = trouble or WRONG
+            saving.tell(trouble)
+            self._write_filled()  # the same state made anew, if it has waited
 
         self.shelf.save(saving.chain, saving.position, saving.image, saving.salt, then)
 

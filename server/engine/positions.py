@@ -37,15 +37,32 @@ def grid(start: int, end: int, every: int) -> list[int]:
 
 
 def plan(
-    length: int, *, start: int = 0, boundaries: Iterable[int] = (), every: int, whole: bool = False
+    length: int,
+    *,
+    start: int = 0,
+    boundaries: Iterable[int] = (),
+    every: int,
+    whole: bool = False,
+    more: bool = False,
 ) -> list[int]:
     """Where the reading of a prompt pauses for a checkpoint: its end, boundaries of messages, and
     every so many tokens.
 
     All boundaries that are new in a turn are kept; of a long chat that is read at once, those near
     its end, and ever fewer before. `whole`: the end itself, for a prompt that will be gone on with.
+    `more`: there will be more boundaries, and `length` is only about where it ends.
     """
     known = sorted(b for b in boundaries if LEAST <= b < length)
+    kept = _onwards(known, length) if more else _backwards(known, length, whole)
+    marks = sorted(kept)
+    between = (
+        at for at in grid(start, length, every) if all(abs(at - m) >= every // 4 for m in marks)
+    )
+    return sorted(p for p in {*marks, *between} if p - start >= LEAST)
+
+
+def _backwards(known: list[int], length: int, whole: bool) -> list[int]:
+    """The end of a prompt, and the boundaries that are kept before it."""
     end = length if whole else length - 1
     if not whole and known and known[-1] >= end - END:
         end = known[-1]
@@ -55,8 +72,13 @@ def plan(
             kept.append(boundary)
     if known and known[0] not in kept and kept[-1] - known[0] >= LEAST:
         kept.append(known[0])
-    marks = sorted(kept)
-    between = (
-        at for at in grid(start, end, every) if all(abs(at - m) >= every // 4 for m in marks)
-    )
-    return sorted(p for p in {*marks, *between} if p - start >= LEAST)
+    return kept
+
+
+def _onwards(known: list[int], length: int) -> list[int]:
+    """The boundaries that are kept of a prompt's beginning, whatever comes after."""
+    kept: list[int] = []
+    for boundary in known:
+        if not kept or boundary - kept[-1] >= max(LEAST, (length - boundary) // 4):
+            kept.append(boundary)
+    return kept

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import numpy
 
 from model.chunk import Sampling
-from server.engine.chain import BLOCK, Block, Chain, salt_digest
+from server.engine.chain import BLOCK, Chain, salt_digest
+from server.engine.tree import Walk
 from server.protocol import Extend, Generate, Read, unpack_tokens
 
 if TYPE_CHECKING:
+    from server.engine.catalogue import Entry, Outlook
     from server.engine.tiers import Checkpoint
 
 READING = Sampling(temperature=0.0)  # nothing is drawn
@@ -57,13 +59,14 @@ class Request:
     cached: int = 0  # tokens of the checkpoint that it began with
     wanted: list[int] = field(default_factory=list)  # positions to keep, in order
     kept: list[Checkpoint] = field(default_factory=list)  # made of its state
-    looked_up: int = -1  # in which state of the index
-    path: list[Block[Checkpoint]] = field(default_factory=list)  # the known blocks that it follows
-    found: Checkpoint | None = None  # what it can begin with
+    walk: Walk[Checkpoint] = field(default_factory=Walk)  # how far it was looked up
+    outlook: Outlook | None = None  # what more of it may lead to on the disk
+    missed: tuple[int, int] | None = None  # where it left what is known: a miss to be explained
     waits: tuple[Request, int] | None = None  # for another to have kept a position
     fetches: str = ""  # the key of a state that is on its way from the disk
     tried: set[str] = field(default_factory=set)  # keys of those that it has waited for
-    refused: bool = False  # such a state was not good
+    ahead: str = ""  # of one that was brought from the disk before it was certain to be needed
+    refused: list[Entry] = field(default_factory=list)  # states that were not good
 
     @property
     def most_cached(self) -> int:
@@ -183,7 +186,6 @@ def extend(request: Request, message: Extend, *, max_length: int | None, vocab_s
     request.tokens.frombytes(message.tokens)
     request.prompt_length = length
     request.boundaries += tuple(message.boundaries)
-    request.looked_up = -1
     request.more = message.more
     request.expected = max(request.expected, length) if message.more else length
     limit = request.expected + request.max_tokens

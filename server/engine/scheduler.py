@@ -232,6 +232,8 @@ class Scheduler:
                     continue
                 if request.reading and found and found.position == request.prompt_length:
                     request.finish, request.cached = "stop", found.position
+                    assert self.checkpoints is not None
+                    self.checkpoints.count(request, found)
                     self._retire(request, found)
                     continue
             if not self.admission.fits(request, found):
@@ -318,6 +320,8 @@ class Scheduler:
         if done and request.reading and self.states is not None:
             self.states.keep(request, kept)
         self.holdings.release(request)
+        if self.checkpoints is not None:
+            self.checkpoints.leave(request)
 
     def _announce(self, work: Work) -> list[Output]:
         """News of those who took a slot but had no part in the step."""

@@ -17,17 +17,16 @@ import fcntl
 import logging
 import os
 import secrets
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 
 from model.chunk import Capacity, Image
 from server.engine import archive
-from server.engine.archive import ArchiveError, State
-from server.engine.chain import BLOCK, Chain
+from server.engine.archive import ArchiveError, ForeignError, State
+from server.engine.catalogue import Catalogue, Entry
+from server.engine.chain import Chain
 from server.engine.jobs import Jobs
 from server.protocol import Trouble
 
@@ -37,64 +36,37 @@ SUFFIX = ".safetensors"
 STALE_SECONDS = 3600.0  # a temporary file so old has no writer any more
 
 
-@dataclass(slots=True, eq=False)
-class Entry:
-    """A file on the shelf: how many tokens its state has folded, and how large it is."""
-
-    key: str
-    block: str  # digest of the last whole block before its position
-    position: int
-    bytes: int
-
-
 class Full(OSError):
     """The disk, or the budget of the shelf, has no room for a state."""
 
 
-class Shelf:
+class Shelf(Catalogue):
     """States of this model in a directory, least recently used first, within a budget in bytes.
 
     save(), load() and adopt() work in threads; what has come of them is told by jobs.done().
     """
 
     def __init__(self, directory: Path, capacity: Capacity, jobs: Jobs, *, budget: int) -> None:
+        super().__init__()
         self.directory = directory
         self.capacity = capacity
         self.jobs = jobs
         self.budget = budget
-        self.entries: dict[str, Entry] = {}
-        self.bytes = 0  # of entries, and of files that are being written
         self.save_seconds: list[float] = []
         self.load_seconds: list[float] = []
-        self._blocks: dict[str, set[str]] = {}  # keys by the block that they follow
-        self._books = threading.RLock()
         for name in ("states", "contexts", "quarantine"):
             (directory / name).mkdir(parents=True, exist_ok=True)
+        self._tidy()
         self._scan()
 
     def __contains__(self, key: str) -> bool:
-        return key in self.entries and self.path(key).exists()
+        if key in self.entries and not self.path(key).exists():
+            self.leave(key)  # another server has given it up
+        return key in self.entries
 
     def path(self, key: str) -> Path:
         """Where a state lies."""
         return self.directory / "states" / (key + SUFFIX)
-
-    def find(self, chain: Chain, most: int, least: int) -> Entry | None:
-        """The farthest state on the way of a sequence between two positions."""
-        if not self.entries:
-            return None
-        for index in range(most // BLOCK, least // BLOCK - 1, -1):
-            keys = tuple(self._blocks.get(chain.digest(index).hex(), ()))  # threads take some away
-            entries = [entry for key in keys if (entry := self.entries.get(key)) is not None]
-            for entry in sorted(entries, key=lambda entry: -entry.position):
-                if least <= entry.position <= most and chain.key(entry.position) == entry.key:
-                    return entry
-        return None
-
-    def beyond(self, position: int) -> bool:
-        """Whether there is any state of more than so many tokens, of whichever sequence."""
-        with self._books:
-            return any(entry.position > position for entry in self.entries.values())
 
     def save(
         self,
@@ -107,9 +79,9 @@ class Shelf:
         """Write a state in a thread; `then` is told why it could not be, None when it stands."""
         begin = time.monotonic()
 
-        def end(future: Future[Entry]) -> None:
+        def end(future: Future[None]) -> None:
             try:
-                self._enter(future.result())
+                future.result()
                 self.save_seconds.append(time.monotonic() - begin)
                 trouble = None
             except OSError as error:
@@ -125,9 +97,16 @@ class Shelf:
 
         def work() -> State:
             path = self.path(key)
-            state = archive.read(path, self.capacity)
-            if state.key != key:
-                raise ArchiveError(f"it is the state {state.key}")
+            before = path.stat()
+            try:
+                state = archive.read(path, self.capacity)
+                if state.key != key:
+                    raise ArchiveError(f"it is the state {state.key}")
+            except ForeignError:
+                raise
+            except ArchiveError as error:
+                self._refuse(path, before, error)
+                raise
             with contextlib.suppress(OSError):
                 os.utime(path)
             return state
@@ -137,11 +116,13 @@ class Shelf:
                 state = future.result()
                 self.load_seconds.append(time.monotonic() - begin)
                 self.touch(key)
+            except ForeignError as error:
+                self.leave(key)
+                then(Trouble(410, f"its file is of another server, and was left alone: {error}"))
             except ArchiveError as error:
-                self._refuse(self.path(key), error)
                 then(Trouble(410, f"its file is damaged, and was put away: {error}"))
             except OSError as error:
-                self._leave(key)
+                self.leave(key)
                 then(Trouble(410, f"its file cannot be read: {error.strerror or error}"))
             else:
                 then(state)
@@ -151,17 +132,15 @@ class Shelf:
     def adopt(self, path: Path, then: Callable[[State | Trouble], None]) -> None:
         """Check a file from elsewhere in a thread, and put its state on the shelf."""
 
-        def work() -> tuple[State, Entry | None]:
+        def work() -> State:
             state = archive.read(path, self.capacity, besides=(archive.MESSAGES,))
-            if state.key in self:
-                return state, None
-            return state, self._write(state.chain, state.position, state.image, state.salt)
+            if state.key not in self:
+                self._write(state.chain, state.position, state.image, state.salt)
+            return state
 
-        def end(future: Future[tuple[State, Entry | None]]) -> None:
+        def end(future: Future[State]) -> None:
             try:
-                state, entry = future.result()
-                if entry is not None:
-                    self._enter(entry)
+                state = future.result()
             except ArchiveError as error:
                 then(Trouble(400, f"not a state of this model: {error}"))
             except OSError as error:
@@ -173,28 +152,25 @@ class Shelf:
 
     def drop(self, key: str) -> None:
         """Give up a file."""
-        self._leave(key)
+        self.leave(key)
         self.path(key).unlink(missing_ok=True)
 
-    def touch(self, key: str) -> None:
-        """Make it the most recently used."""
-        with self._books:
-            if (entry := self.entries.pop(key, None)) is not None:
-                self.entries[key] = entry
-
-    def _write(self, chain: Chain, position: int, image: Image, salt: str) -> Entry:
+    def _write(self, chain: Chain, position: int, image: Image, salt: str) -> None:
         capacity, key = self.capacity, chain.key(position)
         metadata = archive.describe(capacity, chain, position, salt=salt)
         tokens = archive.narrow(chain.tokens[:position], capacity.vocab_size)
         tensors = [tokens, *image.tensors]
-        size = sum(tensor.data.nbytes for tensor in tensors)
+        size = archive.size_of(metadata, tensors)
         self._make_room(size)
+        written = False
         try:
-            written = archive.write(self.path(key), metadata, tensors)
+            archive.write(self.path(key), metadata, tensors)
+            written = True
         finally:
             with self._books:
                 self.bytes -= size
-        return Entry(key, metadata["block"], position, written)
+                if written:
+                    self.enter(_entry(metadata, position, size))
 
     def _make_room(self, size: int) -> None:
         """Give up files that no context names until so many bytes fit, and count them as taken.
@@ -218,57 +194,65 @@ class Shelf:
                     self.drop(key)
             self.bytes += size
 
-    def _enter(self, entry: Entry) -> None:
-        with self._books:
-            self._leave(entry.key)
-            self.entries[entry.key] = entry
-            self._blocks.setdefault(entry.block, set()).add(entry.key)
-            self.bytes += entry.bytes
-
-    def _leave(self, key: str) -> None:
-        with self._books:
-            entry = self.entries.pop(key, None)
-            if entry is not None:
-                self.bytes -= entry.bytes
-                self._blocks[entry.block].remove(key)
-                if not self._blocks[entry.block]:
-                    del self._blocks[entry.block]
-
-    def _refuse(self, path: Path, error: Exception) -> None:
-        """Put a file away where it is never looked at again, and say so."""
+    def _refuse(self, path: Path, found: os.stat_result, error: Exception) -> None:
+        """Put a file away where it is never looked at again, and say so; not one that another
+        server has put in its place meanwhile."""
         aside = self.directory / "quarantine" / f"{path.name}.{secrets.token_hex(4)}"
-        log.error("refused %s, put away as %s: %s", path, aside, error)
-        self._leave(path.name.removesuffix(SUFFIX))
-        with contextlib.suppress(OSError):
-            path.rename(aside)
+        self.leave(path.name.removesuffix(SUFFIX))
+        with locked(self.directory):
+            try:
+                now = path.stat()
+                if (now.st_ino, now.st_mtime_ns) == (found.st_ino, found.st_mtime_ns):
+                    path.rename(aside)
+                    log.error("refused %s, put away as %s: %s", path, aside, error)
+                else:
+                    log.error("refused %s, which is another file now: %s", path, error)
+            except OSError as trouble:
+                log.error("refused %s: %s; and it cannot be put away: %s", path, error, trouble)
 
     def _scan(self) -> None:
         """Find what earlier processes have left, the least recently used first."""
         found = []
         for path in (self.directory / "states").iterdir():
+            if path.name.startswith(archive.TEMPORARY):
+                continue
+            times = None
             try:
                 times = path.stat()
-                if path.name.startswith(archive.TEMPORARY):
-                    if time.time() - times.st_mtime > STALE_SECONDS:
-                        path.unlink(missing_ok=True)
-                    continue
                 head = archive.read_header(path)
-                if head.metadata.get("fingerprint") != self.capacity.fingerprint:
-                    continue  # of another model that shares the directory
                 count = archive.check_header(head, self.capacity)
                 if times.st_size != head.size:
                     raise ArchiveError(f"{times.st_size} bytes, {head.size} are due")
                 key = path.name.removesuffix(SUFFIX)
                 if head.metadata.get("key") != key:
                     raise ArchiveError(f"it is the state {head.metadata.get('key')}")
-                block = head.metadata.get("block", "")
-                found.append((times.st_mtime, Entry(key, block, count, head.size)))
+                found.append((times.st_mtime, _entry(head.metadata, count, head.size)))
+            except ForeignError:
+                continue  # of another model that shares the directory
             except ArchiveError as error:
-                self._refuse(path, error)
+                assert times is not None
+                self._refuse(path, times, error)
             except OSError as error:
                 log.error("cannot read %s: %s", path, error)
         for _, entry in sorted(found, key=lambda pair: pair[0]):
-            self._enter(entry)
+            self.enter(entry)
+
+    def _tidy(self) -> None:
+        """Remove what writers have left that were killed."""
+        for name in ("states", "contexts"):
+            for path in (self.directory / name).glob(f"{archive.TEMPORARY}*"):
+                with contextlib.suppress(OSError):  # it came to its name meanwhile
+                    if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                        path.unlink()
+
+
+def _entry(metadata: Mapping[str, str], position: int, size: int) -> Entry:
+    """A file as its header tells of it. ArchiveError."""
+    try:
+        trail = bytes.fromhex(metadata["trail"])
+        return Entry(metadata["key"], metadata["block"], trail, position, size)
+    except (KeyError, ValueError) as error:
+        raise ArchiveError(f"a way that makes no sense: {error!r}") from error
 
 
 @contextlib.contextmanager

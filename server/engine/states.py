@@ -163,7 +163,7 @@ class States:
         metadata = archive.describe(capacity, chain, position, salt=checkpoint.salt)
         tokens = archive.narrow(chain.tokens, capacity.vocab_size)
 
-        def end(future: Future[int]) -> None:
+        def end(future: Future[None]) -> None:
             error = future.exception()
             self._answer(message.id, Trouble(507, str(error)) if error else checkpoint)
 

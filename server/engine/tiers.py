@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from model.chunk import Capacity, Copy, Image, Place
-from server.engine.chain import Block
 from server.engine.request import Request
 from server.engine.slots import Holdings
+from server.engine.tree import Block
 
 
 @dataclass(slots=True, eq=False)
@@ -34,6 +34,7 @@ class Checkpoint:
     blocks: list[int] = field(default_factory=list)
     on_host: bool = False
     pins: int = 0
+    rested: bool = False  # was saved for want of anything else to do
 
     @property
     def name(self) -> str:
@@ -152,6 +153,11 @@ class Tiers:
         self.copies.append(Copy(place, self.saved(checkpoint)))
         self._enter_host(checkpoint)
         return True
+
+    def roomy(self, position: int) -> bool:
+        """Whether the host could take a state of so many tokens beside those that must stay."""
+        pinned = sum(self.bytes_of(c.position) for c in self.host if c.pins)
+        return pinned + self.bytes_of(position) <= self.host_budget
 
     def trim(self) -> None:
         """Come back within the budget of the host, after a pin is gone."""

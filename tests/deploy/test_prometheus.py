@@ -25,7 +25,7 @@ import yaml
 
 from deploy.dashboard import FILE as DASHBOARD
 from tests.server.api.checkpoint import write_checkpoint
-from tests.server.api.live import eventually, in_thread
+from tests.server.api.live import PATIENCE, eventually, in_thread
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"
@@ -73,7 +73,7 @@ class Server:
 
     def start(self) -> None:
         self.process = subprocess.Popen(self._command, cwd=ROOT, stdout=self._log, stderr=self._log)
-        eventually(self._is_ready, 60)
+        eventually(self._is_ready)
 
     def _is_ready(self) -> bool:
         assert self.process.poll() is None
@@ -114,7 +114,7 @@ class Load:
     def _work(self) -> None:
         body = {"prompt": "The boats lay still. " * 30, "max_tokens": 200, "ignore_eos": True}
         headers = {"authorization": f"Bearer {KEY}"}
-        with httpx.Client(base_url=self._url, headers=headers, timeout=30) as client:
+        with httpx.Client(base_url=self._url, headers=headers, timeout=PATIENCE) as client:
             while not self._over.is_set():
                 try:
                     client.post("/v1/completions", json=body)
@@ -141,14 +141,14 @@ class Prometheus:
         (folder / "metrics-key").write_text(key)
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
         (folder / "rules.yml").write_text(hurried((PROMETHEUS / "rules.yml").read_text()))
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=10)
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=PATIENCE)
         self._log = (folder / "prometheus.log").open("w")
         command = [
             *("prometheus", f"--config.file={folder / 'prometheus.yml'}"),
             *(f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address=127.0.0.1:{port}"),
         ]
         self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log)
-        eventually(self._is_ready, 30)
+        eventually(self._is_ready)
 
     def _is_ready(self) -> bool:
         assert self._process.poll() is None
@@ -172,7 +172,7 @@ class Prometheus:
     def close(self) -> None:
         self.http.close()
         self._process.terminate()
-        self._process.wait(20)
+        self._process.wait(PATIENCE)
         self._log.close()
 
 
@@ -285,7 +285,7 @@ def test_every_expression_has_data_under_load(
         return [f"{name}: {query}" for name, query in wanted.items() if not prometheus.query(query)]
 
     try:
-        eventually(lambda: not missing(), 40)
+        eventually(lambda: not missing())
     except AssertionError:
         pytest.fail("no data: " + "\n".join(missing()))
     assert not prometheus.firing() & {"SteadystateEngineDead", "SteadystateEngineStalled"}
@@ -296,26 +296,26 @@ def test_every_expression_has_data_under_load(
 
 
 def test_an_engine_that_hangs(server: Server, prometheus: Prometheus, load: Load) -> None:
-    eventually(lambda: bool(prometheus.query("steadystate_num_requests_running > 0")), 20)
+    eventually(lambda: bool(prometheus.query("steadystate_num_requests_running > 0")))
     engine = server.engine
     os.kill(engine, signal.SIGSTOP)
     try:
-        eventually(lambda: "SteadystateEngineStalled" in prometheus.firing(), 30)
+        eventually(lambda: "SteadystateEngineStalled" in prometheus.firing())
         assert "SteadystateEngineDead" not in prometheus.firing()
     finally:
         os.kill(engine, signal.SIGCONT)
-    eventually(lambda: "SteadystateEngineStalled" not in prometheus.firing(), 30)
+    eventually(lambda: "SteadystateEngineStalled" not in prometheus.firing())
 
 
 def test_an_engine_that_is_killed(server: Server, prometheus: Prometheus) -> None:
     before = prometheus.firing()
     assert not before & {"SteadystateEngineDead", "SteadystateRestarted"}
     os.kill(server.engine, signal.SIGKILL)
-    assert server.process.wait(10) == 1  # whoever supervises it starts it again
-    eventually(lambda: "SteadystateEngineDead" in prometheus.firing(), 20)
+    assert server.process.wait(PATIENCE) == 1  # whoever supervises it starts it again
+    eventually(lambda: "SteadystateEngineDead" in prometheus.firing())
     server.start()
-    eventually(lambda: "SteadystateRestarted" in prometheus.firing(), 20)
-    eventually(lambda: "SteadystateEngineDead" not in prometheus.firing(), 20)
+    eventually(lambda: "SteadystateRestarted" in prometheus.firing())
+    eventually(lambda: "SteadystateEngineDead" not in prometheus.firing())
 
 
 def test_a_server_without_keys_and_an_empty_key_file(tmp_path: Path) -> None:
@@ -324,6 +324,6 @@ def test_a_server_without_keys_and_an_empty_key_file(tmp_path: Path) -> None:
     with in_thread(write_checkpoint(tmp_path / "tiny")) as live:
         prometheus = Prometheus(tmp_path, live.url.removeprefix("http://"), key)
         try:
-            eventually(lambda: bool(prometheus.query('up{job="steadystate"} == 1')), 20)
+            eventually(lambda: bool(prometheus.query('up{job="steadystate"} == 1')))
         finally:
             prometheus.close()

@@ -1,13 +1,16 @@
 """Chunked lightning attention against the recurrence."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from kernels import segments
+from kernels import lightning_prefill as lightning_prefill_module
+from kernels import segments, tuning
 from kernels.lightning_decode import lightning_decode
 from kernels.lightning_prefill import lightning_prefill
 from kernels.lightning_reference import lightning_reference
-from kernels.tuning import PREFILL
+from kernels.tuning import PREFILL, RereadTuning, prefill_tuning
 from tests.kernels.cases import error, interleaved, pack, pool
 
 BOUND = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-3}
@@ -61,10 +64,10 @@ def test_four_slopes(device):
     check([257, 70], [0, 4], dk=16, dv=32, dtype=torch.float32, device=device, H=4)
 
 
-@pytest.fixture
-def short_segments(monkeypatch):
-    """Whatever is longer than 64 rows is cut."""
-    monkeypatch.setattr(segments, "segment_length", lambda *_: 64)
+@pytest.fixture(params=[False, True], ids=["scanned", "reread"])
+def short_segments(request, monkeypatch):
+    """Whatever is longer than 64 rows is cut, for three passes or for one."""
+    monkeypatch.setattr(segments, "choose", lambda *_: (64, request.param))
 
 
 @triton_only
@@ -74,9 +77,33 @@ def test_segments(device, short_segments):
 
 
 @triton_only
+@pytest.mark.parametrize("going_on", [0, 9])
+def test_middling_lengths_in_one_pass(device, going_on, monkeypatch):
+    """Each alone and all in a batch, new ones (which need no copy of a state) and others."""
+    monkeypatch.setattr(segments, "choose", lambda *_: (256, True))
+    lengths = [1, 63, 64, 65, 100, 257, 781, 1024, 1500]
+    kinds = {"dk": 16, "dv": 16, "dtype": torch.float32, "device": device, "H": 4}
+    check(lengths, [going_on, 0, 1] * 3 if going_on else [0] * 9, **kinds)
+    for n in (257, 1024):
+        check([n], [going_on], **kinds)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="long for the interpreter")
+@triton_only
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_middling_lengths_by_stages(device, dtype, stages, monkeypatch):
+    usual = prefill_tuning(device, dtype.itemsize, 128)
+    tuned = replace(usual, reread=RereadTuning(stages, 1, 0.25))
+    monkeypatch.setattr(lightning_prefill_module, "prefill_tuning", lambda *_: tuned)
+    monkeypatch.setattr(segments, "choose", lambda *_: (256, True))
+    lengths, starts = [1, 63, 64, 65, 100, 257, 781, 1024, 1500], [9, 0, 1] * 3
+    check(lengths, starts, dk=128, dv=128, dtype=dtype, device=device, H=4)
+
+
+@triton_only
 @pytest.mark.parametrize(("dk", "dv"), [(64, 64), (96, 96), (128, 128), (256, 128), (48, 80)])
 def test_segments_of_head_sizes(device, dk, dv, dtype, short_segments):
-    check([257, 70, 33], [9, 0, 1], dk=dk, dv=dv, dtype=dtype, device=device)
+    check([193, 70, 33], [9, 0, 1], dk=dk, dv=dv, dtype=dtype, device=device)
 
 
 @triton_only
@@ -91,14 +118,14 @@ def test_every_tuning_of_the_card(device, itemsize, dk, short_segments):
     dtype = torch.float32 if itemsize == 4 else torch.bfloat16
     if dtype == torch.bfloat16 and device.type == "cpu":
         dtype = torch.float16  # the interpreter multiplies no bfloat16
-    check([700, 130], [3, 0], dk=dk, dv=128, dtype=dtype, device=device, H=4)
+    check([330, 70], [3, 0], dk=dk, dv=128, dtype=dtype, device=device, H=4)
 
 
 @triton_only
-@pytest.mark.parametrize("cut", [False, True])
-def test_nan_stays_with_its_sequence(device, dtype, cut, request):
-    if cut:
-        request.getfixturevalue("short_segments")
+@pytest.mark.parametrize("cut", [None, False, True], ids=["whole", "scanned", "reread"])
+def test_nan_stays_with_its_sequence(device, dtype, cut, monkeypatch):
+    if cut is not None:
+        monkeypatch.setattr(segments, "choose", lambda *_: (64, cut))
     H, d, lengths = 1, 128, [70, 3, 90, 33]
     q, k, v = interleaved(sum(lengths), H, (d, d, d), dtype, device)
     q[70:73] = k[70:73] = v[70:73] = q[163:] = k[163:] = v[163:] = torch.nan
@@ -141,13 +168,35 @@ def test_long_sequences_are_cut_by_themselves(device, dtype, d):
 
 def test_segment_lengths():
     def length(lengths, H=16, programs=132):
-        return segments.segment_length(tuple(lengths), H, programs, 4 * 128 * 128)
+        return segments.scanned(tuple(lengths), H, programs, 4 * 128 * 128)[0]
 
     assert length([1, 100, 512]) >= 512
     assert length([2048] * 64) >= 2048  # many sequences fill the card uncut
     assert length([8192]) == 1024  # one does in 8 x 16 pieces
+    assert length([2048]) == 256 and length([512]) >= 512
     assert 1_048_576 / length([1_048_576]) * 16 * 4 * 128 * 128 <= segments.SCRATCH
     assert length([4_000_000, 1], H=64) < 4_000_000
+
+
+def test_which_segments_read_again_what_comes_before():
+    def chosen(lengths, once=(132, 0.25), start=0, H=16):
+        packing = pack(lengths, range(len(lengths)), [start] * len(lengths))
+        return segments.plan(packing, H, 132, 4 * 128 * 128, once)
+
+    def kind(*args, **options):
+        work = chosen(*args, **options)
+        return work.length, work.reread
+
+    assert kind([512]) == (64, True) and kind([1024]) == (128, True)
+    assert kind([512], once=None)[1] is False  # unless that was measured
+    assert kind([64]) == (128, False) and kind([1, 64, 30])[1] is False  # nothing to cut
+    for lengths in ([2048] * 64, [8192], [131_072], [512] * 16):
+        assert kind(lengths) == kind(lengths, once=None)
+    assert kind([300, 1, 1024, 64]) == (256, True)  # all at once: 2 + 1 + 4 + 1 items of 16 heads
+    new, going_on = chosen([1024, 64]), chosen([1024, 64], start=7)
+    assert (len(new.chains), new.segments, new.states) == (0, 0, 0)
+    assert (going_on.chains.tolist(), going_on.segments) == ([[0, 0, 0, 0]], 6)
+    assert [row for row, *_ in new.items.tolist()] == [*range(960, -1, -192), 1024]
 
 
 def test_bfloat16_state(device):
@@ -220,3 +269,15 @@ def drift(device, n):
 def test_a_length_of_zero_is_named():
     with pytest.raises(ValueError, match=r"sequence 1 .* length 0"):
         pack([3, 0], [0, 1], [0, 0])
+
+
+def test_middling_lengths_are_read_in_one_pass_where_that_was_measured(monkeypatch):
+    row = {"stages": 4, "resident": 1, "cost": 0.3}
+    monkeypatch.setattr(tuning, "measured", lambda card: {"prefill": {"2x128-short": row}})
+    prefill_tuning.cache_clear()
+    cpu = torch.device("cpu")
+    try:
+        assert prefill_tuning(cpu, 2, 128) == replace(PREFILL[2, 128], reread=RereadTuning(**row))
+        assert prefill_tuning(cpu, 4, 128).reread is None
+    finally:
+        prefill_tuning.cache_clear()

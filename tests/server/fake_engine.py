@@ -201,6 +201,7 @@ def main() -> int:
     add("--max-step-tokens", type=int, default=64)
     add("--step-seconds", type=float, default=0.0, help="how long a step takes")
     add("--crash-after", type=int, help="exit with code 70 in the step after so many")
+    add("--load-when", type=Path, help="wait with loading until there is such a file")
     add("--fail-load", action="store_true", help="raise while loading")
     add("--oom-token", type=int, help="a step with this token is out of device memory")
     add("--nan-token", type=int, help="logits after this token are not finite")
@@ -225,6 +226,8 @@ def main() -> int:
     traps.pop(None, None)
 
     def load(settings: object) -> FakeRunner:
+        while options.load_when is not None and not options.load_when.exists():
+            time.sleep(0.01)
         if options.fail_load:
             raise RuntimeError("tensors are missing")
         return FakeRunner(

@@ -18,11 +18,12 @@ import zmq
 from model.chunk import Sampling
 from server.api.client import EngineClient, EngineStream, merge
 from server.errors import EngineDeadError
-from server.protocol import Generate, Output, TokenLogprob, pack_tokens, unpack_tokens
+from server.protocol import Generate, Output, State, TokenLogprob, pack_tokens, unpack_tokens
 from server.settings import Settings
 from tests.server.fake_engine import next_token
 
 ROOT = Path(__file__).parent.parent.parent
+PATIENCE = 90.0  # seconds; what has not come by then will not come: a machine may be slow
 FAKE = [sys.executable, "-m", "tests.server.fake_engine"]
 
 
@@ -92,7 +93,7 @@ def test_many_at_once_each_its_own_tokens():
             assert client.stats.slots_used == 0
             assert (client.running, client.waiting_requests, client.waiting_tokens) == (0, 0, 0)
 
-    within(20, test)
+    within(PATIENCE, test)
 
 
 def test_a_slow_consumer_misses_frames_but_no_token():
@@ -106,7 +107,44 @@ def test_a_slow_consumer_misses_frames_but_no_token():
             assert len(outputs[0].logprobs) == 200 and outputs[0].started is not None
             assert outputs[0].finish == "length"
 
-    within(20, test)
+    within(PATIENCE, test)
+
+
+def test_states_that_nobody_takes_are_let_go():
+    """A client leaves when its context was just made."""
+
+    class Client:
+        def __init__(self) -> None:
+            self.pins: list[tuple[str, int]] = []
+
+        def pin(self, key: str, change: int) -> None:
+            self.pins.append((key, change))
+
+        def forget(self, stream: EngineStream) -> None:
+            pass
+
+        def check_alive(self) -> None:
+            pass
+
+    def stream() -> tuple[Client, EngineStream]:
+        client = Client()
+        return client, EngineStream(client, "r", 1)  # type: ignore[arg-type]
+
+    made = Output(id="r", finish="stop", state=State(key="k", count=1, bytes=1, salt=""))
+    client, late = stream()
+    late.close()
+    assert client.pins == []
+    late.push(made)
+    assert client.pins == [("k", -1)]
+    client, untaken = stream()
+    untaken.push(made)
+    untaken.close()
+    assert client.pins == [("k", -1)]
+    client, taken = stream()
+    taken.push(made)
+    assert asyncio.run(anext(taken)) is made
+    taken.close()
+    assert client.pins == []
 
 
 def test_merging():
@@ -141,7 +179,7 @@ def test_waiting_counts_those_without_a_slot():
             assert last.finish == "length"
             assert (client.running, client.waiting_requests, client.waiting_tokens) == (0, 0, 0)
 
-    within(20, test)
+    within(PATIENCE, test)
 
 
 @pytest.mark.parametrize("situation", ["generating", "reading", "queued"])
@@ -170,7 +208,7 @@ def test_closing_returns_the_slot_within_a_step(situation: str):
             assert client.stats.running == client.stats.waiting == 0
             assert await collect(client, generate("x", [5], 3)) == (expected([5], 3), "length")
 
-    within(20, test)
+    within(PATIENCE, test)
 
 
 def test_leaving_the_context_or_being_cancelled_closes():
@@ -182,7 +220,7 @@ def test_leaving_the_context_or_being_cancelled_closes():
             await until(client, lambda: client.stats.slots_used == 0)
             assert task.cancelled()
 
-    within(20, test)
+    within(PATIENCE, test)
 
 
 def test_an_id_is_used_once_at_a_time():
@@ -198,7 +236,7 @@ def test_an_id_is_used_once_at_a_time():
             await until(client, lambda: client.stats.running == 0)
             assert await collect(client, generate("a", [2], 2)) == (expected([2], 2), "length")
 
-    within(20, test)
+    within(PATIENCE, test)
 
 
 def test_failures_of_one_request():
@@ -213,7 +251,7 @@ def test_failures_of_one_request():
             assert await collect(client, generate("a", [3], 3)) == (expected([3], 3), "length")
             assert not client.is_dead
 
-    within(20, test)
+    within(PATIENCE, test)
 
 
 @pytest.mark.parametrize("option, code", [(("--crash-after", 20), 70), (("--bug-token", 9), 1)])
@@ -238,7 +276,7 @@ def test_the_engines_death_reaches_every_stream(option: tuple[str, int], code: i
                 await client.ready()
             assert (client.running, client.waiting_requests) == (0, 0)
 
-    within(10, test)
+    within(PATIENCE, test)
 
 
 def test_killed_from_outside():
@@ -251,7 +289,7 @@ def test_killed_from_outside():
                 async for _ in stream:
                     pass
 
-    within(10, test)
+    within(PATIENCE, test)
 
 
 def test_death_before_ready():
@@ -268,7 +306,7 @@ def test_death_before_ready():
         with pytest.raises(FileNotFoundError):
             await EngineClient.start(Settings(), ["/no/such/engine"])
 
-    within(20, test)
+    within(PATIENCE, test)
 
 
 def test_close_ends_the_process_and_leaves_nothing():
@@ -287,7 +325,7 @@ def test_close_ends_the_process_and_leaves_nothing():
                 pass
         await client.close()  # twice is no error
 
-    within(10, test)
+    within(PATIENCE, test)
 
 
 def test_a_long_temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -300,7 +338,7 @@ def test_a_long_temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             assert client._directory.parent == Path("/tmp")
             assert await collect(client, generate("a", [2], 3)) == (expected([2], 3), "length")
 
-    within(10, test)
+    within(PATIENCE, test)
 
 
 def test_a_client_that_cannot_be_made_leaves_no_directory(
@@ -324,7 +362,7 @@ def test_an_engine_that_hears_no_sigterm_is_killed(monkeypatch: pytest.MonkeyPat
         await client.close()
         assert client.is_dead
 
-    within(10, test)
+    within(PATIENCE, test)
 
 
 def test_a_failing_observer_harms_nobody():
@@ -333,7 +371,7 @@ def test_a_failing_observer_harms_nobody():
             client.observers.append(lambda step: 1 / 0)
             assert await collect(client, generate("a", [2], 3)) == (expected([2], 3), "length")
 
-    within(10, test)
+    within(PATIENCE, test)
 
 
 def test_ctrl_c_leaves_the_engine_to_its_parent():
@@ -342,7 +380,7 @@ def test_ctrl_c_leaves_the_engine_to_its_parent():
             os.kill(client.pid, 2)
             assert await collect(client, generate("a", [2], 3)) == (expected([2], 3), "length")
 
-    within(10, test)
+    within(PATIENCE, test)
 
 
 def test_the_engine_ends_with_its_parent():
@@ -357,11 +395,9 @@ async def main():
     os.kill(os.getpid(), signal.SIGKILL)
 asyncio.run(main())
 """
-    started = time.monotonic()
     # the engine inherits stdout: it reaches its end only when both processes have
-    done = subprocess.run([sys.executable, "-c", parent], cwd=ROOT, stdout=-1, timeout=20)
+    done = subprocess.run([sys.executable, "-c", parent], cwd=ROOT, stdout=-1, timeout=PATIENCE)
     assert done.returncode == -9 and b"steadystate-" in done.stdout
-    assert time.monotonic() - started < 10
     assert not Path(done.stdout.decode().strip()).exists()
 
 
@@ -377,12 +413,12 @@ def test_what_has_piled_up_comes_in_few_frames():
                 async for output in stream:
                     frames += 1
                     ids += unpack_tokens(output.tokens)
-                    time.sleep(0.002)  # what is to be done for a frame
+                    time.sleep(0.01)  # what is to be done for a frame
                 return frames, ids
 
             results = await asyncio.gather(*map(slowly, streams))
             for n, (frames, ids) in enumerate(results):
                 assert ids == expected([n], 600)
-                assert frames < 200
+                assert frames < 300
 
-    within(20, test)
+    within(PATIENCE, test)

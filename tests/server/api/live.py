@@ -27,18 +27,34 @@ from server.settings import Settings
 from tests.server.api.checkpoint import END_OF_TEXT, VOCAB
 
 ROOT = Path(__file__).parents[3]
+PATIENCE = 90.0  # seconds; what has not come by then will not come: a machine may be slow
 ENGINE = (
     *(sys.executable, "-m", "tests.server.fake_engine"),
     *("--vocab-size", str(VOCAB), "--end-token", str(END_OF_TEXT)),
 )
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def eventually(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
     """Wait until something is so."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never came to be"
         time.sleep(0.01)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """A process, say an engine, stands still meanwhile: what is to be seen then cannot pass by."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 class Live:
@@ -47,7 +63,7 @@ class Live:
     def __init__(self, url: str, model: str, service: Service | None = None) -> None:
         self.url = url
         self.model = model
-        self.http = httpx.Client(base_url=url, timeout=20)
+        self.http = httpx.Client(base_url=url, timeout=PATIENCE)
         self.openai = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
         self._service = service
 
@@ -57,7 +73,7 @@ class Live:
         return self._service
 
     def wait_ready(self) -> None:
-        eventually(lambda: self.http.get("/health").status_code == 200, 30)
+        eventually(lambda: self.http.get("/health").status_code == 200)
 
     def metrics(self) -> dict[str, float]:
         """Samples by name and labels, the model's label left out."""
@@ -111,7 +127,7 @@ def serving(service: Service) -> Iterator[Live]:
     finally:
         live.close()
         server.should_exit = True
-        thread.join(20)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
 
 
@@ -140,7 +156,7 @@ class Process:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         listening = re.compile(r'"url":"([^"]+)"')
-        eventually(lambda: any(map(listening.search, self.log)) or not self.running, 30)
+        eventually(lambda: any(map(listening.search, self.log)) or not self.running)
         found = next(filter(None, map(listening.search, self.log)))
         self.live = Live(found[1], checkpoint.name)
 
@@ -151,10 +167,28 @@ class Process:
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 
-    def wait(self, seconds: float = 15) -> int:
+    @property
+    def engine(self) -> int:
+        """The engine's process id."""
+        [engine] = [
+            pid
+            for pid in children(self.process.pid)
+            if b"tests.server.fake_engine" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        return engine
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it is there and takes requests."""
+        try:
+            return self.live.http.get("/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def wait(self) -> int:
         """The exit code; everything logged is in `log` then."""
-        code = self.process.wait(seconds)
-        self._reader.join(5)
+        code = self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
         return code
 
     def close(self) -> None:

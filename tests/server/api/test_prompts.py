@@ -14,7 +14,7 @@ import pytest
 from server.api import encoder
 from server.protocol import Step
 from tests.server.api.checkpoint import ASSISTANT, END, USER
-from tests.server.api.live import Live, eventually, in_thread
+from tests.server.api.live import PATIENCE, Live, eventually, in_thread
 from tests.server.api.test_disconnect import posted
 
 LONG = "All work and no play makes Jack a dull boy. " * 3000  # 132,000 bytes, as many tokens
@@ -38,7 +38,7 @@ class Gate:
 
     def __call__(self, *arguments: Any, **options: Any) -> array[int]:
         if threading.current_thread().name.startswith("tokenize-long"):
-            assert self._open.wait(20)
+            assert self._open.wait(PATIENCE)
         self.encoded.append(len(arguments[1]))
         return encode(*arguments, **options)
 

@@ -6,13 +6,14 @@ import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pytest
 
 from server.api.schemas import CompletionBody
-from tests.server.api.live import Live, eventually, in_thread
+from tests.server.api.live import PATIENCE, Live, eventually, in_thread, stopped
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,7 @@ def test_a_request_may_fail_alone(guarded: Live, token: int, why: str) -> None:
 
 def test_a_full_queue_says_when_to_come_again(slow: Live) -> None:
     slow.wait_idle()
-    with httpx.Client(base_url=slow.url, timeout=20) as client:
+    with httpx.Client(base_url=slow.url, timeout=PATIENCE) as client:
         body = {"prompt": "a", "max_tokens": 1000, "ignore_eos": True, "stream": True}
         with client.stream("POST", "/v1/completions", json=body):
             eventually(lambda: slow.service.client.stats.slots_used == 1)
@@ -191,12 +192,15 @@ def test_requests_that_find_a_slot_are_no_queue(checkpoint: Path) -> None:
 
 def test_silence_is_filled_with_comments(slow: Live) -> None:
     slow.wait_idle()
-    body = {"prompt": "a" * 400, "max_tokens": 1, "stream": True}  # half a second of reading
-    with slow.http.stream("POST", "/v1/completions", json=body) as response:
-        lines = list(response.iter_lines())
-    data = next(index for index, line in enumerate(lines) if line.startswith("data: "))
-    comments = [line for line in lines[:data] if line.startswith(":")]
-    assert len(comments) >= 3
+    body = {"prompt": "a" * 400, "max_tokens": 1, "stream": True}
+    with ExitStack() as stack:
+        with stopped(slow.service.client.pid):
+            response = stack.enter_context(slow.http.stream("POST", "/v1/completions", json=body))
+            lines = response.iter_lines()
+            for _ in range(3):
+                assert next(line for line in lines if line).startswith(":")
+        said = [line for line in lines if line and not line.startswith(":")]
+    assert said[0].startswith("data: {") and said[-1] == "data: [DONE]"
 
 
 def test_the_version(echo: Live) -> None:

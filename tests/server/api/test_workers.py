@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -18,9 +19,10 @@ import pytest
 from server.api.ledger import REQUESTS, RUNNING, TOKENS, Ledger
 from server.cli.serve import _listeners
 from server.protocol import worker_of
-from tests.server.api.live import Live, Process, eventually
+from tests.server.api.live import PATIENCE, Live, Process, children, eventually, stopped
 
 Launch = Callable[..., Process]
+STEPS = "iteration_tokens_total_sum"
 FOREVER = {"prompt": "abc", "max_tokens": 1_000_000, "ignore_eos": True, "stream": True}
 
 
@@ -32,10 +34,6 @@ def processes(server: Process) -> list[int]:
         if b"server.api" in line:
             found.append((int(line[line.index(b"--worker") + 1]), pid))
     return [pid for _, pid in sorted(found)]
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +64,7 @@ def on_each(url: str, pids: list[int]) -> list[httpx.Client]:
     """A connection to each API process: the system spreads them, so try until all are had."""
     found: dict[int, httpx.Client] = {}
     for _ in range(200):
-        client = httpx.Client(base_url=url, timeout=20)
+        client = httpx.Client(base_url=url, timeout=PATIENCE)
         stream = client.get("/health").extensions["network_stream"]
         port = stream.get_extra_info("client_addr")[1]
         owner = owner_of(port, pids)
@@ -116,18 +114,24 @@ def test_the_real_client_against_both(pair: Process) -> None:
     for client in on_each(pair.live.url, processes(pair)):  # whichever is scraped
         live = Live(pair.live.url, "tiny")
         live.http = client
+        eventually(partial(caught_up, live, before.get(STEPS, 0) + 2 * tokens))
         after = live.metrics()
         grew = {name: after[name] - before.get(name, 0) for name in after}
         assert grew["prompt_tokens_total"] == tokens
         assert grew["generation_tokens_total"] == tokens + 72  # and an end each
         assert grew['request_success_total{finished_reason="stop"}'] == 72
         assert grew["time_to_first_token_seconds_count"] == 72
-        assert grew["iteration_tokens_total_sum"] >= 2 * tokens
         assert grew["prefix_cache_queries_total"] == tokens
-        assert after["state_slots_total"] == 8 and after["num_requests_running"] == 0
+        assert after["state_slots_total"] == 8
         text = client.get("/metrics").text
         assert "Multiprocess" not in text and "pid=" not in text
         client.close()
+
+
+def caught_up(live: Live, tokens: float) -> bool:
+    """Steps are counted by one of the processes, which may lag behind the other's answers."""
+    metrics = live.metrics()
+    return metrics["num_requests_running"] == 0 and metrics.get(STEPS, 0) >= tokens
 
 
 def test_long_prompts_and_conversations(pair: Process) -> None:
@@ -192,18 +196,20 @@ def test_gauges_and_bounds_are_of_all(pair_of: Launch) -> None:
 
 
 def post(process: Process, **body: object) -> httpx.Response:
-    with httpx.Client(base_url=process.live.url, timeout=20) as client:
+    with httpx.Client(base_url=process.live.url, timeout=PATIENCE) as client:
         return client.post("/v1/completions", json={**FOREVER, **body})
 
 
 def test_sigterm_drains_all(pair_of: Launch) -> None:
     process = pair_of("--slots", "8", "--step-seconds", "0.01")
     with ThreadPoolExecutor(8) as pool:
-        running = [pool.submit(post, process, max_tokens=150, stream=False) for _ in range(8)]
-        eventually(lambda: process.live.metrics()["state_slots_used"] == 8)
-        process.terminate()
+        with stopped(process.engine):
+            running = [pool.submit(post, process, max_tokens=50, stream=False) for _ in range(8)]
+            eventually(lambda: process.live.metrics()["num_requests_waiting"] == 8)
+            process.terminate()
+            eventually(lambda: not process.healthy)
         answers = [answer.result() for answer in running]
-    assert [a.json()["usage"]["completion_tokens"] for a in answers] == [150] * 8
+    assert [a.json()["usage"]["completion_tokens"] for a in answers] == [50] * 8
     assert process.wait() == 0
     assert not any("Traceback" in line for line in process.log)
     assert process.process.stdout is not None
@@ -217,7 +223,7 @@ def test_a_second_signal_ends_with_words_to_all(pair_of: Launch) -> None:
         streams = [pool.submit(post, process) for _ in range(4)]
         eventually(lambda: process.live.metrics()["state_slots_used"] == 4)
         process.terminate()
-        eventually(lambda: not healthy(process))
+        eventually(lambda: not process.healthy)
         process.terminate()
         for stream in streams:
             frames = stream.result().text.strip().split("\n\n")
@@ -228,18 +234,11 @@ def test_a_second_signal_ends_with_words_to_all(pair_of: Launch) -> None:
     assert process.wait() == 0
 
 
-def healthy(process: Process) -> bool:
-    try:
-        return httpx.get(process.live.url + "/health").status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 @pytest.mark.parametrize("victim", ["an API process", "the engine"])
 def test_the_death_of_one_ends_all(pair_of: Launch, victim: str) -> None:
     process = pair_of("--slots", "8", "--step-seconds", "0.01")
     workers = processes(process)
-    (engine,) = set(children(process.process.pid)) - set(workers)
+    engine = process.engine
     command = Path(f"/proc/{engine}/cmdline").read_bytes().split(b"\0")
     directory = Path(os.fsdecode(command[command.index(b"--directory") + 1]))
     assert {"ledger", "metrics", "inbox", "outbox-0", "outbox-1"} == set(os.listdir(directory))

@@ -8,9 +8,10 @@ from random import Random
 
 import pytest
 
-from server.engine.chain import BLOCK, Block, Chain, Tree, common, root_of, shared
+from server.engine.chain import BLOCK, Chain, common, root_of, shared
+from server.engine.tree import Block, Tree, Walk
 
-ROOT = root_of("model", "float32", "")
+ROOT = root_of("model", "")
 
 
 @dataclass(eq=False)
@@ -35,9 +36,9 @@ def test_a_key_names_a_prefix_under_model_and_salt(size: int):
     assert key != chain(tokens).key(size - 1)
     assert key != chain([*tokens[: size - 1], tokens[size - 1] + 1, *tokens[size:]]).key(size)
     for other in (
-        root_of("model", "float32", "salt"),
-        root_of("other", "float32", ""),
-        root_of("model", "", "float32"),
+        root_of("model", "salt"),
+        root_of("other", ""),
+        root_of("", "model"),
     ):
         assert key != chain(tokens, other).key(size)
 
@@ -57,7 +58,7 @@ def test_where_two_sequences_part(at: int):
     assert shared(chain(one), chain(other)) == at
     assert shared(chain(one), chain(one[:at])) == at
     assert common(array("i", one).tobytes(), array("i", other).tobytes()) == at
-    assert shared(chain(one), chain(one, root_of("model", "float32", "s"))) == 0
+    assert shared(chain(one), chain(one, root_of("model", "s"))) == 0
 
 
 def test_leaves_are_found_and_go_with_their_blocks():
@@ -72,13 +73,7 @@ def test_leaves_are_found_and_go_with_their_blocks():
             leaf = Leaf(position)
             leaves[key] = (tokens, leaf, tree.add(chain(tokens), leaf))
     for tokens, _, _ in leaves.values():
-        asked = chain([*tokens, 5])
-        path = tree.known(asked)
-        best = None
-        for index in range(len(path) - 1, -1, -1):
-            best = path[index].leaf(asked.within(index, len(tokens)))
-            if best is not None:
-                break
+        best = tree.find(chain([*tokens, 5]), Walk(), len(tokens))
         expected = max(
             (leaf for t, leaf, _ in leaves.values()
              if leaf.position <= len(tokens) and t[: leaf.position] == tokens[: leaf.position]),
@@ -87,7 +82,7 @@ def test_leaves_are_found_and_go_with_their_blocks():
         assert best is expected
     for tokens, leaf, block in leaves.values():
         tree.remove(block, leaf)
-        assert not any(leaf in found.tails.values() for found in tree.known(chain(tokens)))
+        assert tree.find(chain(tokens), Walk(), len(tokens)) is not leaf
     assert not tree.blocks
 
 
@@ -97,5 +92,5 @@ def test_a_digest_alone_is_not_believed():
     tree.add(chain(tokens), Leaf(600))
     digest = chain(tokens).digest(1)
     block = tree.blocks[digest]
-    tree.blocks[digest] = Block(digest, bytes(4 * BLOCK), block.parent, block.children)
-    assert len(tree.known(chain(tokens))) == 1
+    tree.blocks[digest] = Block(digest, bytes(4 * BLOCK), block.parent, block.after)
+    assert tree.find(chain(tokens), Walk(), 600) is None

@@ -60,23 +60,38 @@ class World:
     def run(self, message: Generate | Read) -> tuple[list[int], Output] | None:
         """Its tokens and last Output; None when it was cancelled on the way, as one in eight is."""
         bench, id = self.bench, message.id
-        bench.add(message)
+        if isinstance(message, Generate) and not message.base and self.rng.random() < 0.5:
+            self.send_in_pieces(message)
+        else:
+            bench.add(message)
         if self.rng.random() < 0.125:
             for _ in range(self.rng.randrange(4)):
                 bench.step()
             if bench.finish_of(id) is None:
                 bench.abort(id)
+                bench.rest.pop(id, None)
                 bench.finish()
                 assert bench.finish_of(id) == "abort"
                 return None
+        if id in bench.rest:
+            bench.extend(id, 0, more=False)
         bench.finish()
         tokens = bench.tokens(id)
         return tokens, bench.outputs.pop(id)[-1]
 
+    def send_in_pieces(self, message: Generate) -> None:
+        """All but the last piece of a prompt, some steps apart."""
+        length = len(message.tokens) // 4
+        self.bench.begin(message, self.rng.randrange(1, length + 1))
+        while self.rng.random() < 0.7:
+            for _ in range(self.rng.randrange(3)):
+                self.bench.step()
+            self.bench.extend(message.id, self.rng.randrange(length))
+
     def record(self, id: str, state: State, tokens: list[int]) -> Record:
         assert state.count == len(tokens)
         return Record(
-            id=id, key=state.key, fingerprint="", owner=OWNER, kind="text", count=state.count,
+            id=id, key=state.key, identity="", owner=OWNER, kind="text", count=state.count,
             bytes=state.bytes, salt=state.salt, created=time.time(),
         )  # fmt: skip
 
@@ -202,7 +217,7 @@ class World:
         cache.check()
         holdings = self.bench.scheduler.holdings
         assert holdings.slots.held == holdings.blocks.held == cache.tiers.host_bytes == 0
-        assert not self.bench.runner.saved and not cache._tree.blocks and not cache._by_key
+        assert not self.bench.runner.saved and not cache.tree.blocks and not cache._by_key
         if self.directory is not None:
             files = list((self.directory / "states").iterdir())
             shelf = cache.disk.shelf

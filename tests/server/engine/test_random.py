@@ -142,6 +142,10 @@ class Readers(Traffic):
         self.sent[message.id] = message
         self.bench.begin(message, min(known, len(tokens)))
 
+    @rule(pick=st.integers(0, 1000), count=st.integers(30, 300))
+    def read_on(self, pick: int, count: int) -> None:
+        self.extend(pick, count, True)
+
     @rule(pick=st.integers(0, 1000), prompt=ids)
     def go_on(self, pick: int, prompt: list[int]) -> None:
         """Another turn of what has ended."""

@@ -11,6 +11,7 @@ import pytest
 
 from server.engine import archive
 from server.engine.chain import salt_digest
+from server.engine.disk import WRONG
 from server.protocol import Export, Fetch, Import, Output, Pin, Read, State, pack_tokens
 from tests.server.engine.bench import Bench, alone, generate
 from tests.server.engine.test_checkpoints import ask, caching, words
@@ -231,6 +232,62 @@ def test_files_go_from_server_to_server(bench: Bench, tmp_path: Path):
     assert refused is not None and refused.trouble is not None and refused.trouble.status == 507
 
 
+def test_what_another_server_gave_up_is_saved_again(tmp_path: Path):
+    bench = caching(directory=tmp_path)
+    ask(bench, generate("a", words(300, 1), 1))
+    shelf = bench.scheduler.checkpoints.disk.shelf
+    bench.scheduler.states.rest()
+    bench.finish()
+    [path] = (tmp_path / "states").iterdir()
+    path.unlink()
+    bench.scheduler.checkpoints.tiers.host_budget = 0
+    bench.scheduler.checkpoints.evict()
+    bench.scheduler.checkpoints.tiers.trim()
+    bench.scheduler.checkpoints.sweep()
+    bench.finish()
+    assert path.exists() and list(shelf.entries) == [path.name[:64]]
+
+
+def test_a_state_is_written_once_for_all_who_ask(tmp_path: Path):
+    bench = caching(directory=tmp_path)
+    ask(bench, generate("a", [*words(300, 1), 5], 1))
+    cache = bench.scheduler.checkpoints
+    [checkpoint] = cache.tiers.device
+    assert cache.tiers.hold(checkpoint)
+    told: list[object] = []
+    for _ in range(2):
+        cache.disk.save(checkpoint, told.append)
+    bench.step()
+    cache.disk.save(checkpoint, told.append)  # it is being written
+    bench.finish()
+    assert told == [None] * 3 and len(cache.disk.shelf.save_seconds) == 1
+
+
+def test_what_is_made_anew_is_saved_though_the_first_was_wrong(tmp_path: Path):
+    bench = caching(directory=tmp_path)
+    ask(bench, generate("a", [*words(300, 1), 5], 1))
+    cache = bench.scheduler.checkpoints
+    [checkpoint] = cache.tiers.device
+    assert cache.tiers.hold(checkpoint)
+    told: list[object] = []
+    cache.disk.save(checkpoint, told.append)
+    cache.disk.discard(checkpoint.key)  # before its image was filled
+    assert told == [WRONG]
+    cache.disk.save(checkpoint, told.append)
+    bench.step()
+    cache.disk.discard(checkpoint.key)  # while it is written
+    cache.disk.save(checkpoint, told.append)
+    bench.finish()
+    assert told == [WRONG, WRONG, None] and checkpoint.key in cache.disk.shelf
+
+
+def test_a_read_that_is_known_whole_is_a_hit(bench: Bench) -> None:
+    read(bench, "r", words(300, 1))
+    read(bench, "again", words(300, 1))
+    cache = bench.scheduler.checkpoints
+    assert (cache.queries, cache.hits, cache.saved_tokens) == (2, 1, 300)
+
+
 def test_a_wrong_state_leaves_no_file(tmp_path: Path):
     """It was on its way to the disk when it was found out."""
     bench = caching(directory=tmp_path, max_step_tokens=100, slots=1)
@@ -247,7 +304,7 @@ def test_a_wrong_state_leaves_no_file(tmp_path: Path):
     bench.finish()
     assert cache.get(kept.key) is None
     assert not cache.disk.shelf.entries and not list((tmp_path / "states").iterdir())
-    assert not cache.disk._discarded and not cache.disk._writing
+    assert not cache.disk._savings and not cache.disk._writing
 
 
 def test_a_read_ends_with_its_own_last_step():
