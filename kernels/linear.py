@@ -1,8 +1,9 @@
 """Linear layers: y_t = w x_t, w [N, K] as it is or quantised (kernels/grouped_gemm.py has the
 formula).
 
-fp8 goes through PyTorch's scaled product, many rows of int8 through its product of bfloat16, few
-through the grouped kernel with one group.
+Few rows of bfloat16 go through kernels/skinny_gemm.py where that is known to be faster. fp8 goes
+through PyTorch's scaled product, many rows of int8 through its product of bfloat16, few through the
+grouped kernel with one group.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 
 from kernels.grouped_gemm import grouped_gemm
 from kernels.quantize import Quantized, Weight, quantized
-from kernels.tuning import card
+from kernels.skinny_gemm import Before, skinny_gemm
+from kernels.tuning import card, skinny_tuning
 
 ROWS = 512  # from so many on, products and not weights are what a GPU's time goes to
 SLICE = 1 << 25  # weights that are bfloat16 at a time, about
@@ -54,7 +56,8 @@ def _sliced(x: torch.Tensor, w: Quantized) -> torch.Tensor:
 def linear(x: torch.Tensor, w: Weight) -> torch.Tensor:
     """x [T, K], w [N, K] -> [T, N] in x's dtype."""
     if isinstance(w, torch.Tensor):
-        return F.linear(x, w)
+        tuning = skinny_tuning(w.device, w.itemsize, "plain", len(x), *w.shape)
+        return F.linear(x, w) if tuning is None else skinny_gemm(Before(x=x), w, tuning)[0]
     (N, K), fast = w.shape, x.is_cuda and x.dtype == torch.bfloat16 and len(x) > 0
     rows = activations(x, w)
     if isinstance(rows, Quantized):

@@ -110,11 +110,11 @@ def residual_rmsnorm(
     f: torch.Tensor,
     alpha: float,
     beta: float,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     eps: float,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """x, f [T, D], rows anywhere, weight [D] -> RMSNorm(alpha x + beta f) * weight [T, D]."""
+    """x, f [T, D], rows anywhere, weight [D] or None -> RMSNorm(alpha x + beta f) * weight."""
     y = _allocate(x, f, weight, out_dtype)
     (_triton if x.is_cuda else _torch)(x, f, alpha, beta, weight, eps, False, y)
     return y

@@ -23,8 +23,9 @@ def rotary_angles(
     The angle is float64: in float32 it is off by up to 0.09 rad at 4 million positions.
     """
     assert positions.dtype == torch.int64 and inv_freq.dtype == torch.float64
-    angles = positions.double()[:, None] * inv_freq
-    return angles.cos().float(), angles.sin().float()
+    angles = positions[:, None] * inv_freq  # float64, as everything until the end
+    cos, sin = torch.empty(2, *angles.shape, dtype=torch.float32, device=angles.device).unbind()
+    return torch.cos(angles, out=cos), torch.sin(angles, out=sin)
 
 
 def rotary_reference(

@@ -89,6 +89,20 @@ class KeysTuning:
     resident: int
 
 
+@dataclass(slots=True, frozen=True)
+class SkinnyTuning:
+    """Products of few rows: rows that one program takes, 1 without the matrix units; outputs and
+    inputs at a time, warps, stages of its loop; whether it starts before the kernel in front of it
+    has ended."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+    early: bool
+
+
 # by bytes of an element of the inputs and the power of two that holds a key
 PREFILL = {
     (2, 64): PrefillTuning(Tiles(32, 64, 4, 1), Tiles(32, 64, 4, 1), 2),
@@ -101,6 +115,7 @@ PREFILL = {
 # by bytes of an element of the state
 RING = {4: RingTuning(32, 4, 128), 2: RingTuning(16, 2, 128)}
 DECODE = {4: DecodeTuning(4096, 4), 2: DecodeTuning(4096, 4)}
+SKINNY = (1, 16, 32, 64, 128, 256)  # up to so many rows a product may be skinny: a class each
 # by bytes of a head's row: they must fit where shared memory is small
 ROWS = {
     128: RowsTuning(64, 64, 4, 2, 2),
@@ -176,6 +191,27 @@ def keys_tuning(device: torch.device, itemsize: int, BLOCK_D: int) -> KeysTuning
     found = measured(card(device)).get("attend_one", {}).get(f"{itemsize}x{BLOCK_D}")
     least = KEYS[max(itemsize * BLOCK_D, 128)]
     return least if found is None else KeysTuning(**found)
+
+
+def skinny_class(itemsize: int, form: str, rows: int, N: int, K: int) -> str:
+    """Products [N, K] of up to so many rows, in a form that kernels.fused_linear names."""
+    return f"{form}-{itemsize}x{rows}x{N}x{K}"
+
+
+def skinny_tuning(
+    device: torch.device, itemsize: int, form: str, M: int, N: int, K: int
+) -> SkinnyTuning | None:
+    """How one kernel multiplies M rows with what surrounds the product; None where the kernels one
+    by one are not known to be slower."""
+    rows = next((most for most in SKINNY if most >= M), 0)
+    return skinny_of(device, skinny_class(itemsize, form, rows, N, K)) if M and rows else None
+
+
+@lru_cache(maxsize=1024)
+def skinny_of(device: torch.device, name: str) -> SkinnyTuning | None:
+    """What is known of a class; None where that is that several kernels are faster, or nothing."""
+    found = measured(card(device)).get("skinny", {}).get(name)
+    return None if found is None else SkinnyTuning(**found)
 
 
 def prefill_of(found: dict[str, Any]) -> PrefillTuning:

@@ -19,7 +19,7 @@ class Batch:
 
     ids [T], positions [T] int64; packing: all sequences; tail: those after the singles, with rows
     counted from the first of them; tables [slots, most blocks] int32, every slot's blocks;
-    sample_rows [R] int64: rows whose logits are asked for, in the order of the batch.
+    sample_rows [R] int64: rows whose logits are asked for, in the order of the batch; None: all.
     """
 
     ids: torch.Tensor
@@ -28,7 +28,13 @@ class Batch:
     packing: Packing
     tail: Packing | None
     tables: torch.Tensor
-    sample_rows: torch.Tensor
+    sample_rows: torch.Tensor | None
+
+    def sampled(self, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Of each [T, ...] the rows whose logits are asked for."""
+        if self.sample_rows is None:
+            return rows
+        return tuple(x[self.sample_rows] for x in rows)
 
     @classmethod
     def pack(cls, chunks: list[Chunk], sequences: Sequences) -> Batch:
@@ -59,7 +65,7 @@ class Batch:
             long, short, sequences.device
         )
         if any(chunk.tokens[0] == PENDING for chunk in chunks[:singles]):
-            ids[:singles] = sequences.ids(ids[:singles], slots[:singles])
+            ids[:singles] = sequences.ids(ids[:singles], sequences.rows(slots[:singles]))
         tail = None
         if singles < len(chunks):
             tail = Packing(

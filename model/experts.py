@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernels.experts import moe
-from kernels.gated import silu_mul
+from kernels.fused_linear import pair_linear
 from kernels.linear import linear
 from model.weights import Parameters
 
@@ -93,4 +93,4 @@ class Dense:
 
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
         """h [T, D] -> [T, D]."""
-        return linear(silu_mul(*linear(h, self.gate_up).chunk(2, dim=1)), self.down)
+        return linear(pair_linear(h, self.gate_up, "silu_mul"), self.down)

@@ -37,32 +37,32 @@ class Inputs:
     """What the host says of a step: one buffer on the device, several on the host."""
 
     def __init__(self, most: int, device: torch.device) -> None:
-        kinds = [(torch.int64, 3), (torch.int32, 1), (torch.float32, 1)]
+        kinds = [(torch.int64, 4), (torch.int32, 1), (torch.float32, 1)]
         size = sum(kind.itemsize * count for kind, count in kinds) * most
         self.device = torch.zeros(size, dtype=torch.uint8, device=device)
         self._hosts = [
             torch.zeros(size, dtype=torch.uint8, pin_memory=True) for _ in range(IN_FLIGHT)
         ]
         self._views = [self._split(host, most) for host in self._hosts]
-        self.ids, self.positions, self.keys, self.slots, self.temperatures = self._split(
+        self.ids, self.positions, self.keys, self.rows, self.slots, self.temperatures = self._split(
             self.device, most
         )
         self._turn = 0
 
     @staticmethod
     def _split(memory: torch.Tensor, most: int) -> list[torch.Tensor]:
-        wide = memory[: 24 * most].view(torch.int64).split(most)
+        wide = memory[: 32 * most].view(torch.int64).split(most)
         return [
             *wide,
-            memory[24 * most : 28 * most].view(torch.int32),
-            memory[28 * most :].view(torch.float32),
+            memory[32 * most : 36 * most].view(torch.int32),
+            memory[36 * most :].view(torch.float32),
         ]
 
     def fill(self, chunks: Sequence[Chunk], size: int) -> None:
         """Send chunks of one token each, and padding up to `size`."""
         n = len(chunks)
         self._turn = (self._turn + 1) % IN_FLIGHT
-        ids, positions, keys, slots, temperatures = (
+        ids, positions, keys, rows, slots, temperatures = (
             view.numpy() for view in self._views[self._turn]
         )
         ids[:n] = [chunk.tokens[0] for chunk in chunks]
@@ -71,6 +71,7 @@ class Inputs:
         temperatures[:n] = [warmth(chunk.sampling) if chunk.sampling else 0.0 for chunk in chunks]
         keys[:n] = noise_keys(chunks)
         ids[n:size], positions[n:size], slots[n:size], temperatures[n:size] = 0, 0, -1, 0.0
+        rows[:size] = Sequences.rows(self._views[self._turn][4][:size]).numpy()
         self.device.copy_(self._hosts[self._turn], non_blocking=True)
 
 
@@ -92,6 +93,7 @@ class DecodeGraphs:
         self._store = store
         self._sequences = sequences
         self._inputs = Inputs(most, store.device)
+        self._cu_seqlens = torch.arange(most + 1, dtype=torch.int32, device=store.device)
         self._captured: dict[int, Captured] = {}
 
     @torch.inference_mode()
@@ -123,20 +125,19 @@ class DecodeGraphs:
         return captured.ids[: len(chunks)], captured.logits[: len(chunks)]
 
     def _step(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        i, device = self._inputs, self._store.device
-        slots = i.slots[:size]
+        i = self._inputs
+        slots, rows = i.slots[:size], i.rows[:size]
         positions = i.positions[:size]
-        rows = torch.arange(size + 1, dtype=torch.int32, device=device)
         batch = Batch(
-            ids=self._sequences.ids(i.ids[:size], slots),
+            ids=self._sequences.ids(i.ids[:size], rows),
             positions=positions,
             singles=size,
-            packing=Packing((1,) * size, rows, slots, positions),
+            packing=Packing((1,) * size, self._cu_seqlens[: size + 1], slots, positions),
             tail=None,
             tables=self._sequences.tables,
-            sample_rows=torch.arange(size, device=device),
+            sample_rows=None,
         )
         logits = logits_of(self._model, batch, self._store)
         ids = draw(logits, i.temperatures[:size], i.keys[:size])
-        self._sequences.drawn(slots, ids)
+        self._sequences.drawn(rows, ids)
         return ids, logits

@@ -137,7 +137,7 @@ class ModelRunner:
 
     def _remember(self, asking: list[Chunk], drawn: torch.Tensor) -> None:
         slots = upload([chunk.slot for chunk in asking], self.store.device, np.int32)
-        self.sequences.drawn(slots, drawn[:, 0].long())
+        self.sequences.drawn(self.sequences.rows(slots), drawn[:, 0].long())
 
     def _leave(
         self, drawn: torch.Tensor | None

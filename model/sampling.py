@@ -71,7 +71,8 @@ class Seen:
                 row[ids] |= PROMPT
             else:
                 if chunk.tokens[0] == PENDING:
-                    ids = sequences.ids(ids, upload([chunk.slot], self.device, np.int32))
+                    slots = upload([chunk.slot], self.device, np.int32)
+                    ids = sequences.ids(ids, sequences.rows(slots))
                 row.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
 
 

@@ -13,14 +13,16 @@ from model.transfer import upload
 
 
 class Sequences:
-    """One row a slot. A slot of -1 is padding: what it draws is forgotten.
+    """One row a slot, and one for padding, whose slot is -1: what that draws is forgotten.
 
     tables: [slots, most blocks] int32, the blocks of each slot's sequence in order.
     """
 
     def __init__(self, slots: int, most_blocks: int, device: torch.device) -> None:
         self.device = device
-        self._latest = torch.zeros(slots + 1, dtype=torch.int64, device=device)  # the last: padding
+        self._latest = torch.zeros(
+            slots + 1, dtype=torch.int64, device=device
+        )  # the first: padding
         self.tables = torch.full((slots, most_blocks), -1, dtype=torch.int32, device=device)
         self._known: list[Sequence[int]] = [() for _ in range(slots)]  # blocks that are in tables
 
@@ -48,16 +50,18 @@ class Sequences:
         """Another state was put into a slot."""
         self._known[slot] = ()
 
-    def ids(self, ids: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """ids [N], those that are PENDING replaced by what their slots [N] drew last."""
-        return torch.where(ids == PENDING, self._latest[self._rows(slots)], ids)
+    def ids(self, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """ids [N], those that are PENDING replaced by what the slots of rows [N] drew last."""
+        return torch.where(ids == PENDING, self._latest[rows], ids)
 
-    def drawn(self, slots: torch.Tensor, ids: torch.Tensor) -> None:
-        """Remember what slots [N] drew."""
-        self._latest.index_copy_(0, self._rows(slots), ids.clamp(min=0))
+    def drawn(self, rows: torch.Tensor, ids: torch.Tensor) -> None:
+        """Remember what the slots of rows [N] drew."""
+        self._latest.index_copy_(0, rows, ids.clamp(min=0))
 
-    def _rows(self, slots: torch.Tensor) -> torch.Tensor:
-        return torch.where(slots < 0, len(self._latest) - 1, slots).long()
+    @staticmethod
+    def rows(slots: torch.Tensor) -> torch.Tensor:
+        """slots [N] -> where they are remembered, [N] int64."""
+        return slots.long() + 1
 
 
 def _goes_on(chunk: Chunk, known: Sequence[int]) -> bool:

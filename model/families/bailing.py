@@ -13,16 +13,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from kernels.fused_linear import Residual, gate_linear, residual_linear
 from kernels.linear import linear
-from kernels.residual_rmsnorm import add_rmsnorm_
-from kernels.rmsnorm import rmsnorm
-from kernels.rmsnorm_gate import rmsnorm_gate
+from kernels.logits import residual_logits
 from kernels.rotary import norm_rotary, rotary_angles
 from model.attention import Softmax, page_fields
 from model.batch import Batch
 from model.config import Fields
 from model.experts import Dense, Experts, grouped_sigmoid_route
-from model.layers import Step, alibi_slopes, head_logits, layer_factor, rotary_frequencies
+from model.layers import Step, alibi_slopes, layer_factor, rotary_frequencies
 from model.lightning import Lightning, Memory, memory_fields
 from model.store import Field, Store
 from model.weights import Parameters
@@ -171,13 +170,13 @@ class LightningMixer:
         slopes = slopes.to(device=parameters.device, dtype=torch.float32)
         self.lightning = Lightning(index, slopes, scale=self.dim**-0.5)
 
-    def __call__(self, h: torch.Tensor, step: Step) -> torch.Tensor:
-        projected = linear(h, self.qkv_gate)
+    def __call__(self, residual: Residual, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        x, projected = residual_linear(residual, self.qkv_gate)
         q, k, v, gate = projected.unflatten(1, (4, self.heads, self.dim)).unbind(1)
         q, k = self.query_key_norm(q, k, step)
         o = self.lightning(q, k, v, step.batch, step.store).flatten(1)
-        o = rmsnorm_gate(o, gate.flatten(1), self.norm, self.eps, groups=self.groups)
-        return linear(o, self.out)
+        gate = gate.flatten(1)
+        return x, gate_linear(o, gate, self.norm, self.eps, self.out, groups=self.groups)
 
 
 class SoftmaxMixer:
@@ -193,12 +192,13 @@ class SoftmaxMixer:
         self.out = parameters.matrix(f"{prefix}.dense.weight", config.hidden, width)
         self.softmax = Softmax(index, self.dim**-0.5)
 
-    def __call__(self, h: torch.Tensor, step: Step) -> torch.Tensor:
-        qkv = linear(h, self.qkv).unflatten(1, (-1, self.dim))
+    def __call__(self, residual: Residual, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        x, qkv = residual_linear(residual, self.qkv)
+        qkv = qkv.unflatten(1, (-1, self.dim))
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = self.query_key_norm(q, k, step)
         o = self.softmax(q, k, v, step.batch, step.store)
-        return linear(o.flatten(1), self.out)
+        return x, linear(o.flatten(1), self.out)
 
 
 class Routed:
@@ -317,12 +317,11 @@ class Bailing:
         cos, sin = rotary_angles(batch.positions, self.frequencies)
         step = Step(batch, store, cos, sin)
         x = F.embedding(batch.ids, self.embedding)
-        h = rmsnorm(x, self.norms[0], eps)
+        residual = Residual(x, None, self.norms[0], eps)
         for i, (mixer, expand) in enumerate(zip(self.mixers, self.expand, strict=True)):
-            mixed = mixer(h, step)
+            x, mixed = mixer(residual, step)
             if i == last:  # what follows is row by row: only the rows that are asked for
-                x, mixed = x[batch.sample_rows], mixed[batch.sample_rows]
-            h = add_rmsnorm_(x, mixed, self.middle_norms[i], eps)
-            dtype = torch.float32 if i == last else None
-            h = add_rmsnorm_(x, expand(h), self.norms[i + 1], eps, out_dtype=dtype)
-        return head_logits(h, self.head)
+                x, mixed = batch.sampled(x, mixed)
+            x, h = Residual(x, mixed, self.middle_norms[i], eps).normed()
+            residual = Residual(x, expand(h), self.norms[i + 1], eps)
+        return residual_logits(residual, self.head)

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from kernels.gated import silu_
+from kernels.fused_linear import Residual, gate_linear, residual_linear
 from kernels.linear import linear
+from kernels.logits import residual_logits
 from kernels.residual_rmsnorm import residual_rmsnorm
-from kernels.rmsnorm import rmsnorm
-from kernels.rmsnorm_gate import rmsnorm_gate
 from kernels.rotary import rotary, rotary_angles
 from model.attention import Softmax, page_fields, window_fields
 from model.batch import Batch
@@ -26,7 +25,6 @@ from model.layers import (
     Step,
     alibi_slopes,
     geometric_slopes,
-    head_logits,
     layer_factor,
     rotary_frequencies,
 )
@@ -196,14 +194,13 @@ class LightningMixer:
         slopes = slopes.to(device=parameters.device, dtype=torch.float32)
         self.lightning = Lightning(index, slopes, scale=1.0)
 
-    def __call__(self, h: torch.Tensor, step: Step) -> torch.Tensor:
+    def __call__(self, residual: Residual, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         width = self.heads * self.dim
-        projected = linear(h, self.qkv_gate)
-        qkv = silu_(projected[:, : 3 * width])
+        h, projected = residual_linear(residual, self.qkv_gate, silu=3 * width)
+        qkv, gate = projected[:, : 3 * width], projected[:, 3 * width :]
         q, k, v = qkv.unflatten(1, (self.heads, 3, self.dim)).unbind(2)
         o = self.lightning(q, k, v, step.batch, step.store)
-        o = rmsnorm_gate(o.flatten(1), projected[:, 3 * width :], self.norm, OUTPUT_NORM_EPS)
-        return linear(o, self.out)
+        return h, gate_linear(o.flatten(1), gate, self.norm, OUTPUT_NORM_EPS, self.out)
 
 
 class SoftmaxMixer:
@@ -225,12 +222,12 @@ class SoftmaxMixer:
         window = config.window if config.layers[index] == "window" else None
         self.softmax = Softmax(index, self.dim**-0.5, window)
 
-    def __call__(self, h: torch.Tensor, step: Step) -> torch.Tensor:
-        qkv = linear(h, self.qkv).unflatten(1, (-1, self.dim))
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        q, k = rotary(q, step.cos, step.sin), rotary(k, step.cos, step.sin)
+    def __call__(self, residual: Residual, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        h, qkv = residual_linear(residual, self.qkv)
+        qk, v = qkv.unflatten(1, (-1, self.dim)).tensor_split((-self.kv_heads,), dim=1)
+        q, k = rotary(qk, step.cos, step.sin).tensor_split((self.heads,), dim=1)
         o = self.softmax(q, k, v, step.batch, step.store)
-        return linear(o.flatten(1), self.out)
+        return h, linear(o.flatten(1), self.out)
 
 
 class Routed:
@@ -335,18 +332,16 @@ class MiniMax:
         c = self.config
         cos, sin = rotary_angles(batch.positions, self.frequencies)
         step = Step(batch, store, cos, sin)
-        h = rmsnorm(F.embedding(batch.ids, self.embedding), self.norms[0], c.eps)
+        x = F.embedding(batch.ids, self.embedding)
+        residual = Residual(x, None, self.norms[0], c.eps, post=True)
         last = len(c.layers) - 1
         for i, kind in enumerate(c.layers):
-            mixed = self.mixers[i](h, step)
+            h, mixed = self.mixers[i](residual, step)
             if i == last:  # what follows is row by row: only the rows that are asked for
-                h, mixed = h[batch.sample_rows], mixed[batch.sample_rows]
+                h, mixed = batch.sampled(h, mixed)
             alpha, beta = c.alpha_beta[kind]
             h = residual_rmsnorm(h, mixed, alpha, beta, self.middle_norms[i], c.eps)
             expanded = self.experts[i](h)
             alpha, beta = c.alpha_beta["mlp"]
-            dtype = torch.float32 if i == last else None
-            h = residual_rmsnorm(
-                h, expanded, alpha, beta, self.norms[i + 1], c.eps, out_dtype=dtype
-            )
-        return head_logits(h, self.head)
+            residual = Residual(h, expanded, self.norms[i + 1], c.eps, alpha, beta, post=True)
+        return residual_logits(residual, self.head)

@@ -13,15 +13,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from kernels.gated import silu_
+from kernels.fused_linear import Residual, gate_linear, residual_linear
 from kernels.linear import linear
+from kernels.logits import residual_logits
 from kernels.lrpe import lrpe
-from kernels.residual_rmsnorm import add_rmsnorm_
-from kernels.rmsnorm import rmsnorm
-from kernels.rmsnorm_gate import rmsnorm_gate
 from model.batch import Batch
 from model.config import Fields
-from model.layers import alibi_slopes, head_logits, layer_factor
+from model.layers import alibi_slopes, layer_factor
 from model.lightning import Lightning, Memory, memory_fields
 from model.store import Field, Store
 from model.weights import Parameters
@@ -100,16 +98,17 @@ class LightningMixer:
         slopes = slopes.to(device=parameters.device, dtype=torch.float32)
         self.lightning = Lightning(index, slopes, scale=1.0)
 
-    def __call__(self, h: torch.Tensor, batch: Batch, store: Store) -> torch.Tensor:
-        projected = linear(h, self.qkvu)
-        qk = silu_(projected[:, : 2 * self.width]).unflatten(1, (2 * self.heads, self.dim))
+    def __call__(
+        self, residual: Residual, batch: Batch, store: Store
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x, projected = residual_linear(residual, self.qkvu, silu=2 * self.width)
+        qk = projected[:, : 2 * self.width].unflatten(1, (2 * self.heads, self.dim))
         if self.theta is not None:
             qk = lrpe(qk, self.theta.squeeze(1), batch.positions)
         q, k = qk.chunk(2, dim=1)
         v, u = projected[:, 2 * self.width :].chunk(2, dim=1)
         o = self.lightning(q, k, v.unflatten(1, (self.heads, self.dim)), batch, store)
-        o = rmsnorm_gate(o.flatten(1), u, None, EPS, sigmoid=False)
-        return linear(o, self.out)
+        return x, gate_linear(o.flatten(1), u, None, EPS, self.out, sigmoid=False)
 
 
 class GatedUnit:
@@ -121,9 +120,9 @@ class GatedUnit:
         self.both = parameters.rows(names, config.dim)
         self.out = parameters.matrix(f"{prefix}.l3.weight", config.dim, config.glu)
 
-    def __call__(self, h: torch.Tensor) -> torch.Tensor:
-        one, two = linear(h, self.both).chunk(2, dim=1)
-        return linear(one * two, self.out)
+    def __call__(self, residual: Residual) -> tuple[torch.Tensor, torch.Tensor]:
+        x, gated = residual_linear(residual, self.both, pair="mul")
+        return x, linear(gated, self.out)
 
 
 class TransNormer:
@@ -169,13 +168,13 @@ class TransNormer:
 
     def forward(self, batch: Batch, store: Store) -> torch.Tensor:
         """Fold the batch into the store; logits [R, V] float32 of the rows to sample."""
-        x = F.embedding(batch.ids, self.embedding) * self.config.embedding_scale
-        h = rmsnorm(x, None, EPS)
+        x, f = F.embedding(batch.ids, self.embedding), None
+        residual = Residual(x, f, None, EPS, alpha=self.config.embedding_scale)
         last = len(self.mixers) - 1
         for i, (mixer, unit) in enumerate(zip(self.mixers, self.units, strict=True)):
-            mixed = mixer(h, batch, store)
+            x, f = mixer(residual, batch, store)
             if i == last:  # what follows is row by row: only the rows that are asked for
-                x, mixed = x[batch.sample_rows], mixed[batch.sample_rows]
-            h = add_rmsnorm_(x, mixed, None, EPS)
-            h = add_rmsnorm_(x, unit(h), None, EPS, out_dtype=torch.float32 if i == last else None)
-        return head_logits(h, self.head)
+                x, f = batch.sampled(x, f)
+            x, f = unit(Residual(x, f, None, EPS))
+            residual = Residual(x, f, None, EPS)
+        return residual_logits(residual, self.head)

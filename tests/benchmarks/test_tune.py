@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import candidates, prefilling, tune
+from benchmarks import candidates, prefilling, skinny, tune, tune_skinny
 from kernels import lightning_prefill, tuning
-from kernels.tuning import PrefillTuning, RereadTuning, Tiles, prefill_tuning
+from kernels.tuning import (
+    SKINNY,
+    PrefillTuning,
+    RereadTuning,
+    SkinnyTuning,
+    Tiles,
+    prefill_tuning,
+    skinny_tuning,
+)
 
 
 def test_a_wrong_candidate_cannot_win(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,3 +109,80 @@ def test_sequences_of_middling_length(monkeypatch: pytest.MonkeyPatch) -> None:
     cheap = replace(usual, reread=RereadTuning(1, 2, 0.1))
     middling.mean(cheap)
     assert len(timed) == 3  # of 1024 rows, in one pass
+
+
+@pytest.mark.parametrize(
+    "form", ["plain", "plain-silu_mul", "norm", "norm-silu", "norm-mul", "norm-head", "gate2"]
+)
+@pytest.mark.parametrize("rows", [1, 16])
+@torch.inference_mode()
+def test_both_ways_of_a_product_are_held_against_float64(
+    form: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of one part in a thousand is told."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(skinny, "COLD_BYTES", 1)
+    trial = skinny.Trial(f"{form}-4x{rows}x48x64", candidates.DEVICE)
+    assert len(trial.weights) == 1
+    right = skinny.skinny_gemm_reference
+    for candidate in (None, SkinnyTuning(rows, 16, 32, 4, 2, early=False)):
+        assert trial.check(candidate, every=True) <= trial.limit
+        with monkeypatch.context() as patch:
+            patch.setattr(skinny, "skinny_gemm_reference", lambda *a, **o: right(*a, **o) * 1.001)
+            assert not trial.check(candidate) <= trial.limit
+
+
+def test_candidates_of_a_product_suit_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(skinny, "COLD_BYTES", 1)
+    for rows in SKINNY:
+        for form in ("norm-silu", "gate4"):
+            trial = skinny.Trial(f"{form}-2x{rows}x64x2048", torch.device("cpu"))
+            found = tune_skinny.candidates(trial)
+            assert len(set(found)) == len(found) >= 4
+            assert (found[0].rows == 1) == (rows == 1)
+            assert all(each.rows <= max(rows, 16) for each in found)
+            assert form == "norm-silu" or all(each.inputs == 512 for each in found)
+
+
+def test_several_kernels_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the table has no row, and the product goes their way."""
+    monkeypatch.setattr(skinny, "COLD_BYTES", 1)
+    monkeypatch.setattr(tune_skinny, "DEVICE", torch.device("cpu"))
+    names = ["norm-4x1x48x64", "norm-4x16x48x64"]
+    won = {names[0]: None, names[1]: SkinnyTuning(16, 16, 32, 4, 2, early=False)}
+
+    def best(title: str, options: object, check: object, **rest: object) -> SkinnyTuning | None:
+        return won[title.removeprefix("skinny ")]
+
+    monkeypatch.setattr(tune_skinny, "best", best)
+    table = dict(tune_skinny.tune_skinny(names, math.inf))
+    assert list(table) == names and table[names[0]] is None
+    monkeypatch.setattr(tuning, "measured", lambda capability: {"skinny": table})
+    tuning.skinny_of.cache_clear()
+    with pytest.raises(SystemExit, match="matches none"):
+        list(tune_skinny.tune_skinny(["nothing-*"], math.inf))
+    on = torch.device("cpu")
+    assert skinny_tuning(on, 4, "norm", 1, 48, 64) is None
+    assert skinny_tuning(on, 4, "norm", 9, 48, 64) == won[names[1]]
+    tuning.skinny_of.cache_clear()
+
+
+def test_what_wins_is_right_in_everything_that_goes_by_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Candidates are timed in one form; a faster one that is wrong in another does not serve."""
+    monkeypatch.setattr(skinny, "COLD_BYTES", 1)
+    trial = skinny.Trial("norm-4x16x48x64", torch.device("cpu"))
+    fast, slow = (SkinnyTuning(16, n, 32, 4, 2, early=False) for n in (16, 32))
+    times = {fast: 1.0, replace(fast, early=True): 0.5, slow: 2.0, replace(slow, early=True): 1.5}
+
+    def check(tuning: SkinnyTuning | None, every: bool = False) -> float:
+        return 1.0 if every and tuning in (fast, replace(fast, early=True)) else 0.0
+
+    monkeypatch.setattr(trial, "check", check)
+    monkeypatch.setattr(trial, "work", lambda tuning: lambda: times.get(tuning, 3.0))
+    monkeypatch.setattr(tune_skinny, "candidates", lambda trial: [fast, slow])
+    monkeypatch.setattr(candidates, "milliseconds", lambda work, rounds: work())
+    assert tune_skinny.tuned("norm", trial, math.inf) == replace(slow, early=True)
+    times[slow] = times[replace(slow, early=True)] = 4.0
+    assert tune_skinny.tuned("norm", trial, math.inf) is None

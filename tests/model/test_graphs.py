@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.chunk import PENDING, Chunk, Copy, Place, Sampling
-from model.graphs import ladder
+from model.graphs import DecodeGraphs, ladder
 from model.runner import ModelRunner, load_runner
 from model.sequences import Sequences
 from tests.model.checkpoints import write
@@ -107,6 +107,25 @@ PROMPTS = [[5, 9, 2, 77], [31], [8] * 70]
 def test_a_step_may_need_ids_that_the_host_has_not_read(path: Path) -> None:
     first, second = (generate(load(path), PROMPTS, 40, known) for known in (True, False))
     assert first == second and all(0 <= id < 97 for tokens in first for id in tokens)
+
+
+def test_what_graphs_record_draws_what_eager_steps_draw(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps that are captured, run each time instead, with a row of padding."""
+    expected = generate(load(path), PROMPTS, 20, known=True)
+    runner, zeros = load(path), torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *a, pin_memory=False, **o: zeros(*a, **o))
+    graphs = DecodeGraphs(runner.model, runner.store, runner.sequences, 4)
+
+    def replay(chunks: list[Chunk]) -> tuple[torch.Tensor, torch.Tensor]:
+        graphs._inputs.fill(chunks, 4)
+        ids, logits = graphs._step(4)
+        return ids[: len(chunks)], logits[: len(chunks)]
+
+    monkeypatch.setattr(graphs, "replay", replay)
+    runner.graphs = graphs
+    assert generate(runner, PROMPTS, 20, known=False) == expected
 
 
 @pytest.mark.skipif(not CUDA, reason="a CUDA graph")

@@ -1,4 +1,4 @@
-"""The head's split product, the slopes, the frequencies."""
+"""The slopes, the frequencies."""
 
 from __future__ import annotations
 
@@ -10,33 +10,9 @@ import torch
 from model.layers import (
     alibi_slopes,
     geometric_slopes,
-    head_logits,
     layer_factor,
     rotary_frequencies,
 )
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_head_keeps_the_hidden_states_precision(dtype: torch.dtype, rows: int) -> None:
-    """A bfloat16 hidden state would be off by 2^-9 of its size, two terms by some 2^-17."""
-    torch.manual_seed(0)
-    hidden = torch.randn(rows, 256, device=DEVICE) * 30
-    weight = torch.randn(8200, 256, device=DEVICE).to(dtype)
-    want = hidden.double() @ weight.double().t()
-    got = head_logits(hidden, weight)
-    assert got.dtype == torch.float32
-    error = (got - want).norm() / want.norm()
-    assert error < 2e-5
-    rounded = hidden.to(torch.bfloat16).double() @ weight.double().t()
-    assert (rounded - want).norm() / want.norm() > 1e-3
-
-
-def test_no_rows_give_no_logits() -> None:
-    weight = torch.randn(16, 8, dtype=torch.bfloat16, device=DEVICE)
-    assert head_logits(torch.empty(0, 8, device=DEVICE), weight).shape == (0, 16)
 
 
 def test_slopes_halve_from_head_to_head() -> None:
