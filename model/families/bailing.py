@@ -18,10 +18,11 @@ from kernels.residual_rmsnorm import add_rmsnorm_
 from kernels.rmsnorm import rmsnorm
 from kernels.rmsnorm_gate import rmsnorm_gate
 from kernels.rotary import norm_rotary, rotary_angles
+from kernels.routing import Choice, route
 from model.attention import Softmax, page_fields
 from model.batch import Batch
 from model.config import Fields
-from model.experts import Dense, Experts, grouped_sigmoid_route
+from model.experts import Dense, Experts
 from model.layers import Step, alibi_slopes, head_logits, layer_factor, rotary_frequencies
 from model.lightning import Lightning, Memory, memory_fields
 from model.store import Field, Store
@@ -206,7 +207,13 @@ class Routed:
 
     def __init__(self, config: BailingConfig, index: int, parameters: Parameters) -> None:
         prefix = f"model.layers.{index}.mlp"
-        self.config = config
+        self.choice = Choice(
+            config.experts_per_token,
+            config.groups,
+            config.top_groups,
+            normed=config.normed and config.experts_per_token > 1,
+            factor=config.routed_factor,
+        )
         # both float32: a choice between 256 scores that lie close together
         self.router = parameters.tensor(
             f"{prefix}.gate.weight", config.experts, config.hidden, dtype=torch.float32
@@ -230,16 +237,7 @@ class Routed:
             )
 
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
-        c = self.config
-        ids, weights = grouped_sigmoid_route(
-            F.linear(h.float(), self.router),
-            self.bias,
-            top=c.experts_per_token,
-            groups=c.groups,
-            top_groups=c.top_groups,
-            normed=c.normed and c.experts_per_token > 1,
-            factor=c.routed_factor,
-        )
+        ids, weights = route(F.linear(h.float(), self.router), self.bias, self.choice)
         y = self.experts(h, ids, weights)
         return y if self.shared is None else y.add_(self.shared(h))
 
