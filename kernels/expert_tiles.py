@@ -48,7 +48,9 @@ def _product_kernel(
     if i_e >= E:
         return
     m_m = o_m < end
-    o_r = tl.load(order_ptr + tl.where(m_m, o_m, begin)).to(tl.int64)  # beyond: another, not written
+    o_r = tl.load(order_ptr + tl.where(m_m, o_m, begin)).to(
+        tl.int64
+    )  # beyond: another, not written
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     m_n = o_n < N

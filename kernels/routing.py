@@ -1,8 +1,9 @@
-"""Choosing experts: ids_t = the K best of the E scores of a token, ties to the lowest id, and weights.
+"""Choosing experts: ids_t = the K best of a token's E scores, ties to the lowest id, and weights.
 
-softmax: weights are the softmax of the logits over those chosen. Sigmoid in groups (DeepSeek-V3,
-arXiv 2412.19437, section 2.1.2): scores are sigmoids, a bias counts in choosing alone; of the groups
-of experts those are kept whose two best add up to most, and of their experts the K best.
+Scores are made of logits_te = router_e . h_t. Softmax: weights are the softmax of the logits over
+those chosen. Sigmoid in groups (DeepSeek-V3, arXiv 2412.19437, section 2.1.2): scores are sigmoids,
+a bias counts in choosing alone; of the groups of experts those are kept whose two best add up to
+most, and of their experts the K best.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -11,11 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from kernels.language import jit, next_power_of_2, tl
 from kernels.tuning import ROUTE, route_tuning
 
 LEAST = 1e-20  # added to a sum of sigmoids that others are divided by
+MOST_BYTES = 1 << 17  # of a router that each token's program reads by itself
 
 
 @dataclass(slots=True, frozen=True)
@@ -53,7 +56,7 @@ def route_reference(
 
 @jit
 def _keys(b_x, o_index):
-    """int64 that order as the numbers do, NaN above all, and of equal ones the first index above."""
+    """int64 that order as the numbers do, NaN above all; of equal ones the first index is above."""
     b_x = tl.where(b_x == 0.0, 0.0, b_x)  # -0 is 0
     b_bits = b_x.to(tl.int32, bitcast=True)
     b_bits = tl.where(b_bits < 0, b_bits ^ 0x7FFFFFFF, b_bits)
@@ -69,15 +72,32 @@ def _numbers(b_keys):
 
 
 @jit
+def _logits(h_ptr, router_ptr, S, D, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A token h [D] times router [S, D] -> [S] in the router's dtype."""
+    o_s, o_d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    b_sums = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        m_d = o_d < D - d
+        b_h = tl.load(h_ptr + d + o_d, mask=m_d, other=0.0).to(tl.float32)
+        p_router = router_ptr + o_s[:, None] * D + d + o_d
+        b_router = tl.load(p_router, mask=(o_s < S)[:, None] & m_d[None, :], other=0.0)
+        b_sums += b_router.to(tl.float32) * b_h[None, :]
+    return tl.sum(b_sums, 1).to(router_ptr.dtype.element_ty)
+
+
+@jit
 def _route_kernel(
-    logits_ptr,
+    x_ptr,
+    router_ptr,
     bias_ptr,
     ids_ptr,
     weights_ptr,
-    logits_stride,
+    x_stride,
     S,
+    D,
     factor,
     LEAST: tl.constexpr,
+    FUSED: tl.constexpr,
     SIGMOID: tl.constexpr,
     NORMED: tl.constexpr,
     TOP: tl.constexpr,
@@ -86,15 +106,19 @@ def _route_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """One token, whose experts lie in GROUPS groups of S."""
+    """One token, whose experts lie in GROUPS groups of S. x holds its logits; FUSED: itself."""
     NONE: tl.constexpr = -9223372036854775807  # below every key
     i_t = tl.program_id(0).to(tl.int64)
     o_g, o_s, o_k = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_K)
     o_e = o_g[:, None] * S + o_s  # [G, S]
     m_e = (o_g < GROUPS)[:, None] & (o_s < S)
-    p_logits = logits_ptr + i_t * logits_stride
-    b_x = tl.load(p_logits + o_e, mask=m_e, other=0.0).to(tl.float32)
+    p_x = x_ptr + i_t * x_stride
+    if FUSED:
+        b_x = _logits(p_x, router_ptr, S, D, BLOCK_S, BLOCK_D).to(tl.float32)[None, :]
+    else:
+        b_x = tl.load(p_x + o_e, mask=m_e, other=0.0).to(tl.float32)
     if SIGMOID:
         b_x = tl.sigmoid(b_x) + tl.load(bias_ptr + o_e, mask=m_e, other=0.0)
     b_keys = tl.where(m_e, _keys(b_x, o_e), NONE)
@@ -109,18 +133,20 @@ def _route_kernel(
             b_kept = b_kept | b_found
             b_sums = tl.where(b_found, NONE, b_sums)
         b_keys = tl.where(b_kept[:, None], b_keys, NONE)
-    b_ids = tl.zeros((BLOCK_K,), tl.int32)
+    b_bests = tl.zeros((BLOCK_K,), tl.int64)
     for k in range(TOP):
         best = tl.max(tl.max(b_keys, 1), 0)
-        b_ids = tl.where(o_k == k, 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32), b_ids)
+        b_bests = tl.where(o_k == k, best, b_bests)
         b_keys = tl.where(b_keys == best, NONE, b_keys)
+    b_ids = 0x7FFFFFFF - (b_bests & 0x7FFFFFFF).to(tl.int32)
     m_k = o_k < TOP
-    b_w = tl.load(p_logits + b_ids, mask=m_k, other=-float("inf")).to(tl.float32)
     if SIGMOID:
+        b_w = tl.load(p_x + b_ids, mask=m_k, other=0.0).to(tl.float32)
         b_w = tl.where(m_k, tl.sigmoid(b_w), 0.0)
         if NORMED:
             b_w /= tl.sum(b_w) + LEAST
     else:
+        b_w = tl.where(m_k, _numbers(b_bests), -float("inf"))
         b_w = tl.where(m_k, tl.exp(b_w - tl.max(b_w)), 0.0)  # all NaN where a logit is
         b_w /= tl.sum(b_w)
     tl.store(ids_ptr + i_t * TOP + o_k, b_ids, mask=m_k)
@@ -128,22 +154,29 @@ def _route_kernel(
 
 
 def _triton(
-    logits: torch.Tensor, bias: torch.Tensor | None, choice: Choice
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    choice: Choice,
+    router: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    T, E = logits.shape
-    ids = torch.empty(T, choice.top, dtype=torch.int32, device=logits.device)
-    weights = torch.empty(T, choice.top, dtype=torch.float32, device=logits.device)
-    size = E // choice.groups
+    T, E = len(x), x.shape[1] if router is None else len(router)
+    ids = torch.empty(T, choice.top, dtype=torch.int32, device=x.device)
+    weights = torch.empty(T, choice.top, dtype=torch.float32, device=x.device)
+    size, D = E // choice.groups, x.shape[1]
+    tuning = route_tuning(x.device, E) or ROUTE
     if T:
         _route_kernel[(T,)](
-            logits,
+            x,
+            router,
             bias,
             ids,
             weights,
-            logits.stride(0),
+            x.stride(0),
             size,
+            D,
             choice.factor,
             LEAST=LEAST,
+            FUSED=router is not None,
             SIGMOID=bias is not None,
             NORMED=choice.normed,
             TOP=choice.top,
@@ -152,7 +185,8 @@ def _triton(
             BLOCK_G=next_power_of_2(choice.groups),
             BLOCK_S=next_power_of_2(size),
             BLOCK_K=next_power_of_2(choice.top),
-            num_warps=(route_tuning(logits.device, E) or ROUTE).warps,
+            BLOCK_D=min(next_power_of_2(D), max(8192 // next_power_of_2(size), 32)),
+            num_warps=tuning.warps,
         )
     return ids, weights
 
@@ -177,7 +211,7 @@ def _torch(
     return ids, weights * choice.factor
 
 
-def route(
+def choose(
     logits: torch.Tensor, bias: torch.Tensor | None, choice: Choice
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """logits [T, E], bias [E] float32 or None -> ids [T, K] integers, weights [T, K] float32.
@@ -187,12 +221,26 @@ def route(
     is certain where the kernel chooses.
     """
     _, E = logits.shape
-    assert logits.stride(1) == 1 and E % choice.groups == 0
+    assert logits.stride(1) == 1
+    assert E % choice.groups == 0 and choice.top_groups <= choice.groups
     assert 1 <= choice.top <= choice.top_groups * (E // choice.groups)
-    assert choice.top_groups == choice.groups or (bias is not None and E // choice.groups > 1)
     if bias is None:
-        assert choice.normed and choice.factor == 1.0
+        assert choice == Choice(choice.top)
     else:
         assert bias.shape == (E,) and bias.dtype == torch.float32 and bias.is_contiguous()
-    chosen = logits.is_cuda and route_tuning(logits.device, E) is not None
-    return (_triton if chosen else _torch)(logits, bias, choice)
+        assert choice.top_groups == choice.groups or E // choice.groups > 1
+    ours = logits.is_cuda and route_tuning(logits.device, E) is not None
+    return (_triton if ours else _torch)(logits, bias, choice)
+
+
+def route(
+    h: torch.Tensor, router: torch.Tensor, bias: torch.Tensor | None, choice: Choice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """h [T, D], router [E, D], in whose dtype logits are; the rest as in choose."""
+    E, D = router.shape
+    assert h.shape[1] == D and h.stride(1) == 1 and router.is_contiguous()
+    tuning = route_tuning(h.device, E) if h.is_cuda else None
+    if tuning and tuning.fused and bias is None and router.nbytes <= MOST_BYTES:
+        assert 1 <= choice.top <= E and choice == Choice(choice.top)
+        return _triton(h, None, choice, router)
+    return choose(F.linear(h.to(router.dtype), router), bias, choice)

@@ -1,6 +1,7 @@
 """Rows by expert: a stable sort of ids below E by counting, and where the rows of each expert end.
 
-    order[place_r] = r,  place_r = |{s: id_s < id_r}| + |{s < r: id_s = id_r}|,  ends_e = |{r: id_r <= e}|
+    order[place_r] = r,  place_r = |{s: id_s < id_r}| + |{s < r: id_s = id_r}|
+    ends_e = |{r: id_r <= e}|
 
 One program an expert reads all ids: there are few when speed is asked for.
 """

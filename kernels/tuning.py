@@ -79,9 +79,11 @@ class KeysTuning:
 
 @dataclass(slots=True, frozen=True)
 class RouteTuning:
-    """Choosing experts: warps per token."""
+    """Choosing experts: warps per token; whether they make the token's logits too, of a small
+    router."""
 
     warps: int
+    fused: bool
 
 
 @dataclass(slots=True, frozen=True)
@@ -130,7 +132,7 @@ KEYS = {
     1024: KeysTuning(16, 4, 1, 4),
 }
 
-ROUTE = RouteTuning(1)
+ROUTE = RouteTuning(4, True)
 
 
 @lru_cache(maxsize=16)

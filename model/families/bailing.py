@@ -237,8 +237,7 @@ class Routed:
             )
 
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
-        ids, weights = route(F.linear(h.float(), self.router), self.bias, self.choice)
-        y = self.experts(h, ids, weights)
+        y = self.experts(h, *route(h, self.router, self.bias, self.choice))
         return y if self.shared is None else y.add_(self.shared(h))
 
 

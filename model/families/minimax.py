@@ -259,8 +259,7 @@ class Routed:
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
         if len(self.router) == 1:
             return self.experts(h, None, None)
-        logits = F.linear(h.to(self.router.dtype), self.router)
-        return self.experts(h, *route(logits, None, self.choice))
+        return self.experts(h, *route(h, self.router, None, self.choice))
 
 
 class MiniMax:

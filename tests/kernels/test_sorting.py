@@ -6,14 +6,13 @@ import torch
 from kernels import sorting
 from kernels.sorting import by_expert, by_expert_reference
 
+SHAPES = [(1, 1), (1, 8), (2, 256), (63, 2), (100, 60), (257, 8), (781, 60), (800, 256), (4096, 8)]
 
-@pytest.mark.parametrize("R", [1, 2, 63, 100, 257, 781, 4096])
-@pytest.mark.parametrize("E", [1, 2, 8, 60, 256])
+
+@pytest.mark.parametrize(("R", "E"), SHAPES)
 def test_orders(device, R, E):
-    if E > 8 and R > 781 and device.type == "cpu":
-        pytest.skip("slow when interpreted")
     ids = torch.randint(0, E, (R,), device=device, dtype=torch.int32)
-    for each in (ids, ids.long(), torch.full_like(ids, E - 1), torch.zeros_like(ids)):
+    for each in (ids, torch.full_like(ids.long(), E - 1)):
         order, ends = by_expert(each, E, counted=True)
         want_order, want_ends = by_expert_reference(each, E)
         assert order.tolist() == want_order and ends.tolist() == want_ends
