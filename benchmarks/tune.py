@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import accumulate, product
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
+from benchmarks.candidates import best, bound, error
 from benchmarks.pages import Paged
-from benchmarks.timing import milliseconds
+from benchmarks.tune_experts import tune_mixtures, tune_routing
 from kernels import (
     lightning_decode,
     lightning_prefill,
@@ -34,22 +35,11 @@ from kernels.lightning_reference import lightning_reference
 from kernels.packing import Packing
 from kernels.tuning import DecodeTuning, KeysTuning, PrefillTuning, RingTuning, RowsTuning, Tiles
 
-T = TypeVar("T")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SLOPES = (0.9, 0.03, 4.05e-8, 0.0)
 UGLY = (1, 63, 64, 100, 257, 781, 3000)
 LONG = 65_536
 R = 16
-
-
-def bound(dtype: torch.dtype) -> float:
-    """Greatest relative error that a candidate may have."""
-    return 1e-5 if dtype == torch.float32 else 4e-3
-
-
-def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative error in norm; NaN where anything is."""
-    return float((actual.double() - expected).norm() / expected.norm())
 
 
 def packing(lengths: tuple[int, ...], starts: int) -> Packing:
@@ -58,34 +48,6 @@ def packing(lengths: tuple[int, ...], starts: int) -> Packing:
     N = len(lengths)
     slots = torch.arange(N, dtype=torch.int32, device=DEVICE)
     return Packing(lengths, rows, slots, torch.full((N,), starts, device=DEVICE))
-
-
-def best(
-    name: str,
-    candidates: Iterable[T],
-    check: Callable[[T], float],
-    limit: float,
-    work: Callable[[T], Callable[[], Any]],
-) -> T:
-    """The fastest of the candidates that are right."""
-    times: list[tuple[float, int, T]] = []
-    tried = list(candidates)
-    for i, candidate in enumerate(tried):
-        try:
-            wrong = check(candidate)
-            if not wrong <= limit:
-                print(f"{name}: {candidate} is wrong by {wrong:.1e}")
-                continue
-            times.append((milliseconds(work(candidate), rounds=5), i, candidate))
-        except Exception as failure:  # whatever the compiler says of a candidate, others follow
-            print(f"{name}: {candidate} fails: {type(failure).__name__}")
-            torch.cuda.synchronize()
-    times.sort()
-    for milli, _, candidate in times[:3]:
-        print(f"{name}: {milli:.4f} ms {candidate}")
-    if not times:
-        raise SystemExit(f"{name}: no candidate is right")
-    return times[0][2]
 
 
 class Prefilling:
@@ -316,6 +278,8 @@ TUNERS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
     "ring": partial(tune_decoding, True),
     "attend_one": partial(tune_attending, True),
     "attend": partial(tune_attending, False),
+    "route": tune_routing,
+    "moe": tune_mixtures,
 }
 
 
@@ -331,8 +295,8 @@ def main() -> None:
     with torch.inference_mode():
         for name in options.only:
             mine.setdefault(name, {}).update(TUNERS[name](options.classes))
-    text = json.dumps(table, indent=1) + "\n"
-    print(text) if options.dry_run else tuning.TABLE.write_text(text)
+            text = json.dumps(table, indent=1) + "\n"
+            print(text) if options.dry_run else tuning.TABLE.write_text(text)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def _up_kernel(
     o_w = e * 2 * N + tl.where(m_n, o_n, 0)  # rows of w; up's are N further
     p_x = x_ptr + i_r // K * x_stride + o_d
     p_gate = w_ptr + o_w[:, None] * D + o_d  # [N, D]
-    p_up = p_gate + N.to(tl.int64) * D
+    p_up = w_ptr + (o_w + N)[:, None] * D + o_d
     b_gate = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     b_up = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):

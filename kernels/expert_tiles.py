@@ -54,11 +54,10 @@ def _product_kernel(
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     m_n = o_n < N
-    apart = N.to(tl.int64) if GATED else 0  # rows of w from gate to up
-    o_w = i_e * (N + apart) + tl.where(m_n, o_n, 0)
+    o_w = i_e.to(tl.int64) * (2 * N if GATED else N) + tl.where(m_n, o_n, 0)  # up's: N further
     p_x = x_ptr + (o_r // SHARE)[:, None] * x_stride + o_d  # [M, D]
-    p_w = w_ptr + o_w.to(tl.int64) * D + o_d[:, None]  # [D, N]
-    p_up = p_w + apart * D
+    p_w = w_ptr + o_w * D + o_d[:, None]  # [D, N]
+    p_up = w_ptr + (o_w + N) * D + o_d[:, None]
     b_y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     b_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for d in range(0, D, BLOCK_D):
@@ -76,7 +75,7 @@ def _product_kernel(
         b_y *= tl.load(scales_ptr + o_w)
     if GATED:
         if SCALED:
-            b_up *= tl.load(scales_ptr + o_w + apart)
+            b_up *= tl.load(scales_ptr + o_w + N)
         b_y = b_y * tl.sigmoid(b_y) * b_up
     p_y = y_ptr + o_r[:, None] * N + o_n
     tl.store(p_y, b_y.to(y_ptr.dtype.element_ty), mask=m_m[:, None] & m_n)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.language import jit, next_power_of_2, tl
-from kernels.tuning import ROUTE, route_tuning
+from kernels.tuning import ROUTE, RouteTuning, route_tuning
 
 LEAST = 1e-20  # added to a sum of sigmoids that others are divided by
 MOST_BYTES = 1 << 17  # of a router that each token's program reads by itself
@@ -158,12 +158,13 @@ def _triton(
     bias: torch.Tensor | None,
     choice: Choice,
     router: torch.Tensor | None = None,
+    tuning: RouteTuning | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     T, E = len(x), x.shape[1] if router is None else len(router)
     ids = torch.empty(T, choice.top, dtype=torch.int32, device=x.device)
     weights = torch.empty(T, choice.top, dtype=torch.float32, device=x.device)
     size, D = E // choice.groups, x.shape[1]
-    tuning = route_tuning(x.device, E) or ROUTE
+    tuning = tuning or route_tuning(x.device, E) or ROUTE
     if T:
         _route_kernel[(T,)](
             x,

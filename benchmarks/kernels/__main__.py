@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from benchmarks.kernels import attention, decode, prefill, rowwise, softmax
+from benchmarks.kernels import attention, decode, mixture, prefill, rowwise, softmax
 from benchmarks.result import Row, write
 from benchmarks.timing import copy_bandwidth, gemm_rate
 
@@ -23,6 +23,7 @@ GROUPS = {
     "rowwise": rowwise.rows,
     "softmax": softmax.rows,
     "attention": attention.rows,
+    "mixture": mixture.rows,
 }
 
 
