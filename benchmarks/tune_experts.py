@@ -19,7 +19,7 @@ from kernels.tuning import MixtureTuning, ProductTuning, RouteTuning, mixture_cl
 TOKENS = [1 << n for n in range(10)]
 LIMIT = 6e-3
 ROWS = [(2, 2048, 4, 1), (4, 1024, 4, 1), (4, 2048, 4, 1), (8, 512, 4, 1), (8, 512, 4, 4)]
-SHORT_ROWS = [(4, 512, 2, 1), (4, 512, 4, 1), (8, 512, 4, 1), (16, 512, 4, 1)]
+SHORT_ROWS = [(4, 512, 2, 1), (8, 512, 2, 1), (8, 512, 4, 1), (16, 512, 4, 1)]
 # by the greatest mean number of rows an expert that they are for
 TILES = {
     8: [(16, 32, 128, 4, 4), (16, 64, 128, 4, 3), (16, 64, 64, 4, 5), (16, 32, 64, 4, 6)],

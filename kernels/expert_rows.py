@@ -16,6 +16,14 @@ from kernels.tuning import ProductTuning
 
 
 @jit
+def _part(p, mask, EVEN: tl.constexpr):
+    """What p points to, 0 beyond the end; float32."""
+    if EVEN:
+        return tl.load(p).to(tl.float32)
+    return tl.load(p, mask=mask, other=0).to(tl.float32)
+
+
+@jit
 def _up_kernel(
     x_ptr,
     w_ptr,
@@ -45,16 +53,9 @@ def _up_kernel(
     b_gate = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     b_up = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-        if EVEN:
-            b_x, b_wg, b_wu = tl.load(p_x + d), tl.load(p_gate + d), tl.load(p_up + d)
-        else:
-            m_d = o_d < D - d
-            b_x = tl.load(p_x + d, mask=m_d, other=0.0)
-            b_wg = tl.load(p_gate + d, mask=m_d[None, :], other=0)
-            b_wu = tl.load(p_up + d, mask=m_d[None, :], other=0)
-        b_x = b_x.to(tl.float32)[None, :]
-        b_gate += b_wg.to(tl.float32) * b_x
-        b_up += b_wu.to(tl.float32) * b_x
+        b_x = _part(p_x + d, o_d < D - d, EVEN)[None, :]
+        b_gate += _part(p_gate + d, (o_d < D - d)[None, :], EVEN) * b_x
+        b_up += _part(p_up + d, (o_d < D - d)[None, :], EVEN) * b_x
     b_g, b_u = tl.sum(b_gate, 1), tl.sum(b_up, 1)
     if SCALED:
         b_g *= tl.load(scales_ptr + o_w)
@@ -76,6 +77,7 @@ def _down_kernel(
     K: tl.constexpr,
     SCALED: tl.constexpr,
     EVEN: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
@@ -89,19 +91,20 @@ def _down_kernel(
     b_sums = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for k in tl.static_range(K):
         e = tl.load(ids_ptr + i_t * K + k).to(tl.int64)
-        b_weight = tl.load(weights_ptr + i_t * K + k) + tl.zeros((BLOCK_N,), tl.float32)
-        if SCALED:
-            b_weight *= tl.load(scales_ptr + e * N + o_row)
+        weight = tl.load(weights_ptr + i_t * K + k)
         p_h = h_ptr + (i_t * K + k) * D + o_d
         p_w = w_ptr + (e * N + o_row)[:, None] * D + o_d  # [N, D]
-        for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-            if EVEN:
-                b_h, b_w = tl.load(p_h + d), tl.load(p_w + d)
-            else:
-                m_d = o_d < D - d
-                b_h = tl.load(p_h + d, mask=m_d, other=0.0)
-                b_w = tl.load(p_w + d, mask=m_d[None, :], other=0)
-            b_sums += b_w.to(tl.float32) * b_h.to(tl.float32)[None, :] * b_weight[:, None]
+        if SCALED:
+            b_scales = tl.load(scales_ptr + e * N + o_row)[:, None]
+        if WHOLE:  # without a loop the loads of all experts can be on their way at once
+            b_h = _part(p_h, o_d < D, EVEN) * weight
+            b_w = _part(p_w, (o_d < D)[None, :], EVEN)
+            b_sums += (b_w * b_scales if SCALED else b_w) * b_h[None, :]
+        else:
+            for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+                b_h = _part(p_h + d, o_d < D - d, EVEN) * weight
+                b_w = _part(p_w + d, (o_d < D - d)[None, :], EVEN)
+                b_sums += (b_w * b_scales if SCALED else b_w) * b_h[None, :]
     b_y = tl.sum(b_sums, 1)
     tl.store(y_ptr + i_t * N + o_n, b_y.to(y_ptr.dtype.element_ty), mask=m_n)
 
@@ -163,6 +166,7 @@ def down(
         K=K,
         SCALED=scales is not None,
         EVEN=D % tuning.inputs == 0,
+        WHOLE=tuning.inputs >= D,
         BLOCK_N=tuning.outputs,
         BLOCK_D=tuning.inputs,
         STAGES=tuning.stages,

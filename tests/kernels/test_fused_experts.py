@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from kernels.experts import fused_moe, moe_reference
+from kernels import experts, routing, tuning
+from kernels.experts import fused_moe, moe, moe_reference
 from kernels.quantize import Quantized
-from kernels.tuning import MixtureTuning, ProductTuning
+from kernels.routing import Choice, route_reference
+from kernels.tuning import MixtureTuning, ProductTuning, RouteTuning
 from tests.kernels.cases import error
 
 ROW = ProductTuning(1, 16, 64, 4, 1)
@@ -50,11 +52,11 @@ def routed(T, E, K, device):
     return ids, torch.rand(T, K, device=device)
 
 
-def check(x, gate_up, down, ids, weights, tuning):
-    y = fused_moe(x, gate_up, down, ids, weights, tuning)
+def check(x, gate_up, down, ids, weights, how):
+    y = fused_moe(x, gate_up, down, ids, weights, how)
     assert y.dtype == x.dtype
     assert error(y, moe_reference(x, gate_up, down, ids, weights)) <= BOUND[x.dtype]
-    assert torch.equal(y, fused_moe(x, gate_up, down, ids, weights, tuning))
+    assert torch.equal(y, fused_moe(x, gate_up, down, ids, weights, how))
 
 
 @pytest.mark.parametrize("name", TUNINGS)
@@ -130,3 +132,60 @@ def test_rows_of_any_distance_beside_nan(device, name):
     wide[:, 11:51] = torch.randn(20, 40, device=device)
     weights = mixture(6, 40, 24, torch.float32, device)
     check(wide[:, 11:51], *weights, *routed(20, 6, 2, device), TUNINGS[name])
+
+
+class OnCard:
+    """What `_tuning` looks at of rows on a card."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    def __init__(self, dtype=torch.bfloat16):
+        self.dtype = dtype
+
+
+def test_kernels_serve_where_they_were_measured_faster(monkeypatch):
+    """By weights, rows and experts; never where rows would have to be quantised, nor in float32."""
+    row = {"outputs": 4, "inputs": 512, "warps": 4, "stages": 1}
+    up, down = {"rows": 1, **row}, {"rows": 16, **row}
+    table = {"2x16x8": {"up": up, "down": down}, "2x32x8": None, "1x16x8": {"up": up, "down": up}}
+    monkeypatch.setattr(tuning, "measured", lambda capability: {"moe": table})
+    monkeypatch.setattr(tuning, "card", lambda device: (9, 0))
+    tuning.mixture_tuning.cache_clear()
+    w = torch.empty(8, 4, 2, dtype=torch.bfloat16)
+    int8 = Quantized.empty((8, 4, 2), torch.int8, w.device)
+    fp8 = Quantized.empty((8, 4, 2), torch.float8_e4m3fn, w.device)
+    whole = MixtureTuning(ProductTuning(**up), ProductTuning(**down))
+    assert experts._tuning(OnCard(), w, 16) == experts._tuning(OnCard(), w, 9) == whole
+    assert experts._tuning(OnCard(), int8, 12) == MixtureTuning(whole.up, whole.up)
+    nothing = [(w, 17), (w, 8), (w, 33), (w, 0), (w[:4], 16), (int8, 17), (fp8, 16)]
+    assert all(experts._tuning(OnCard(), each, rows) is None for each, rows in nothing)
+    assert experts._tuning(OnCard(torch.float32), w, 16) is None
+    assert experts._tuning(torch.empty(8, 2, dtype=torch.bfloat16), w, 16) is None
+    tuning.mixture_tuning.cache_clear()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are CUDA's")
+@pytest.mark.parametrize("name", TUNINGS)
+def test_a_captured_mixture_follows_its_tokens(name, monkeypatch):
+    """Router, choice, sort and products in a graph that is replayed with other tokens, and NaN."""
+    monkeypatch.setattr(routing, "route_tuning", lambda device, E: RouteTuning(4, True))
+    monkeypatch.setattr(experts, "mixture_tuning", lambda *_: TUNINGS[name])
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    weights, router = mixture(8, 64, 32, dtype, device), torch.randn(8, 64, device=device)
+    h = torch.zeros(24, 64, device=device, dtype=dtype)
+
+    def step():
+        return moe(h, *weights, *routing.route(h, router, None, Choice(2)))
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step()
+    for rows in (24, 5):
+        h.fill_(torch.nan)
+        h[:rows].normal_()
+        graph.replay()
+        ids, shares = route_reference(h[:rows].float() @ router.t(), None, Choice(2))
+        want = moe_reference(h[:rows], *weights, ids, shares)
+        assert error(y[:rows], want) <= BOUND[dtype] and y[rows:].isnan().all()
