@@ -14,7 +14,7 @@ from kernels.gated import silu_mul
 from kernels.grouped_gemm import grouped_gemm
 from kernels.linear import activations, linear
 from kernels.quantize import Quantized, Weight
-from kernels.sorting import by_expert
+from kernels.sorting import by_expert, sort_by_expert
 from kernels.tuning import MixtureTuning, mixture_tuning
 
 
@@ -87,12 +87,12 @@ def grouped_moe(
 ) -> torch.Tensor:
     """As moe, by grouped products of sorted copies of rows; any number of them, on any device."""
     T, K = expert_ids.shape
-    order, ends = by_expert(expert_ids.flatten(), len(gate_up))
+    order, ends = sort_by_expert(expert_ids.flatten(), len(gate_up))
     both = _product(activations(x, gate_up)[order // K], gate_up, ends, x.dtype)
     gated = silu_mul(*both.chunk(2, dim=1))
     y = _product(activations(gated, down), down, ends, x.dtype)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(T * K, device=x.device))
-    return (y[place].view(T, K, -1).float() * weights[:, :, None]).sum(1).to(x.dtype)
+    return (y[place].view(T, K, x.shape[1]).float() * weights[:, :, None]).sum(1).to(x.dtype)
 
 
 def fused_moe(
@@ -106,7 +106,7 @@ def fused_moe(
     """As moe, in two to four launches; not with fp8, and T > 0."""
     up_rows, down_rows = tuning.up.rows == 1, tuning.down.rows == 1
     if not (up_rows and down_rows):
-        order, ends = by_expert(expert_ids.flatten(), len(gate_up), counted=True)
+        order, ends = by_expert(expert_ids.flatten(), len(gate_up))
     if up_rows:
         h = expert_rows.up(x, gate_up, expert_ids, tuning.up)
     else:

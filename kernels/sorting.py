@@ -45,20 +45,17 @@ def _triton(ids: torch.Tensor, E: int) -> tuple[torch.Tensor, torch.Tensor]:
     return order, ends
 
 
-def _torch(ids: torch.Tensor, E: int) -> tuple[torch.Tensor, torch.Tensor]:
+def sort_by_expert(ids: torch.Tensor, E: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As by_expert, by PyTorch's sort: any number of ids, order int64."""
     found, order = ids.sort(stable=True)
     every = torch.arange(E, dtype=ids.dtype, device=ids.device)
     return order, torch.searchsorted(found, every, right=True, out_int32=True)
 
 
-def by_expert(
-    ids: torch.Tensor, E: int, *, counted: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids [R], integers below E -> order [R] integers, ends [E] int32, without asking the device.
+_torch = sort_by_expert
 
-    counted: by the kernel, where there are not too many of them.
-    """
+
+def by_expert(ids: torch.Tensor, E: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids [R], integers below E -> order [R] integers, ends [E] int32; the device is not asked."""
     assert ids.ndim == 1 and ids.is_contiguous()
-    if counted and 0 < len(ids) <= MOST:
-        return (_triton if ids.is_cuda else _torch)(ids, E)
-    return _torch(ids, E)
+    return (_triton if ids.is_cuda and 0 < len(ids) <= MOST else _torch)(ids, E)
