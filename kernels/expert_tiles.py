@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.grouped_gemm import most_tiles, rows_of, swizzled
+from kernels.grouped_gemm import most_tiles, rows_of
 from kernels.language import dot_precision, jit, next_power_of_2, tl
 from kernels.quantize import Quantized, Weight
 from kernels.tuning import ProductTuning
@@ -34,7 +34,6 @@ def _product_kernel(
     GATED: tl.constexpr,
     SCALED: tl.constexpr,
     EVEN: tl.constexpr,
-    GROUP: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -43,40 +42,38 @@ def _product_kernel(
 ):
     """BLOCK_M rows of one expert by BLOCK_N outputs. SHARE rows of y in turn are made of one of x.
     GATED: w has N rows of gate and N of up, and the outputs are silu(gate) * up."""
-    i_m, i_n = swizzled(tl.cdiv(N, BLOCK_N), GROUP)
-    i_e, begin, end, o_m = rows_of(i_m, ends_ptr, E, BLOCK_E, BLOCK_M)
+    i_n = tl.program_id(1)  # tiles of an expert lie side by side, so that weights are read once
+    i_e, begin, end, o_m = rows_of(tl.program_id(0), ends_ptr, E, BLOCK_E, BLOCK_M)
     if i_e >= E:
         return
     m_m = o_m < end
-    o_r = tl.load(order_ptr + tl.where(m_m, o_m, begin)).to(
-        tl.int64
-    )  # beyond: another, not written
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_m = tl.where(m_m, o_m, begin)  # rows beyond are read as another, and not written
+    o_r = tl.load(order_ptr + o_m).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
-    m_n = o_n < N
-    o_w = i_e.to(tl.int64) * (2 * N if GATED else N) + tl.where(m_n, o_n, 0)  # up's: N further
+    SETS: tl.constexpr = 2 if GATED else 1  # gate and up by turns: a thread has both of an output
+    o_c = tl.arange(0, SETS * BLOCK_N)
+    o_w = i_n * BLOCK_N + o_c // SETS
+    o_w = tl.where(o_w < N, o_w, 0) + o_c % SETS * N
+    o_w += i_e.to(tl.int64) * SETS * N  # rows of w
     p_x = x_ptr + (o_r // SHARE)[:, None] * x_stride + o_d  # [M, D]
-    p_w = w_ptr + o_w * D + o_d[:, None]  # [D, N]
-    p_up = w_ptr + (o_w + N) * D + o_d[:, None]
-    b_y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    b_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    p_w = w_ptr + o_w * D + o_d[:, None]  # [D, SETS N]
+    b_y = tl.zeros((BLOCK_M, SETS * BLOCK_N), tl.float32)
     for d in range(0, D, BLOCK_D):
-        m_d = o_d < D - d
-        b_x = tl.load(p_x) if EVEN else tl.load(p_x, mask=m_d[None, :], other=0.0)
-        b_w = tl.load(p_w) if EVEN else tl.load(p_w, mask=m_d[:, None], other=0)
+        if EVEN:
+            b_x, b_w = tl.load(p_x), tl.load(p_w)
+        else:
+            b_x = tl.load(p_x, mask=(o_d < D - d)[None, :], other=0.0)
+            b_w = tl.load(p_w, mask=(o_d < D - d)[:, None], other=0)
         b_y = tl.dot(b_x, b_w.to(b_x.dtype), b_y, input_precision=PRECISION)
-        if GATED:
-            b_w = tl.load(p_up) if EVEN else tl.load(p_up, mask=m_d[:, None], other=0)
-            b_up = tl.dot(b_x, b_w.to(b_x.dtype), b_up, input_precision=PRECISION)
-            p_up += BLOCK_D
         p_x += BLOCK_D
         p_w += BLOCK_D
     if SCALED:
         b_y *= tl.load(scales_ptr + o_w)
     if GATED:
-        if SCALED:
-            b_up *= tl.load(scales_ptr + o_w + N)
-        b_y = b_y * tl.sigmoid(b_y) * b_up
+        b_gate, b_up = tl.split(tl.reshape(b_y, (BLOCK_M, BLOCK_N, 2)))
+        b_y = b_gate * tl.sigmoid(b_gate) * b_up
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
     p_y = y_ptr + o_r[:, None] * N + o_n
     tl.store(p_y, b_y.to(y_ptr.dtype.element_ty), mask=m_m[:, None] & m_n)
 
@@ -108,7 +105,7 @@ def _product(
     assert x.shape[1] == D and x.stride(1) == 1 and codes.is_contiguous() and R % len(x) == 0
     assert ends.shape == (E,) and ends.dtype == torch.int32 and order.is_contiguous()
     y = torch.empty(R, N, dtype=x.dtype, device=x.device)
-    _product_kernel[(most_tiles(R, E, tuning.rows) * -(-N // tuning.outputs),)](
+    _product_kernel[(most_tiles(R, E, tuning.rows), -(-N // tuning.outputs))](
         x,
         codes,
         scales,
@@ -123,7 +120,6 @@ def _product(
         GATED=gated,
         SCALED=scales is not None,
         EVEN=D % tuning.inputs == 0,
-        GROUP=4,
         BLOCK_E=next_power_of_2(E),
         BLOCK_M=tuning.rows,
         BLOCK_N=tuning.outputs,

@@ -27,18 +27,6 @@ def grouped_gemm_reference(x: Weight, w: Quantized, ends: torch.Tensor) -> torch
 
 
 @jit
-def swizzled(tiles_n, GROUP: tl.constexpr):
-    """A program's tiles of rows and of outputs: GROUP tiles of rows go through weights together."""
-    tiles_m = tl.num_programs(0) // tiles_n
-    i_group, i_in_group = (
-        tl.program_id(0) // (GROUP * tiles_n),
-        tl.program_id(0) % (GROUP * tiles_n),
-    )
-    height = tl.minimum(tiles_m - i_group * GROUP, GROUP)
-    return i_group * GROUP + i_in_group % height, i_in_group // height
-
-
-@jit
 def rows_of(i_m, ends_ptr, E, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
     """A tile's group, where the group's rows begin and end, and the tile's rows [M]. There are as
     many tiles as there can be: beyond the last is a group beyond the last."""
@@ -85,7 +73,14 @@ def _grouped_gemm_kernel(
 ):
     """BLOCK_M rows of one group by BLOCK_N outputs. There are programs for as many tiles of rows as
     there can be; which group a tile is of, if any, each finds out by itself."""
-    i_m, i_n = swizzled(tl.cdiv(N, BLOCK_N), GROUP)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_m = tl.num_programs(0) // tiles_n
+    i_group, i_in_group = (
+        tl.program_id(0) // (GROUP * tiles_n),
+        tl.program_id(0) % (GROUP * tiles_n),
+    )
+    height = tl.minimum(tiles_m - i_group * GROUP, GROUP)
+    i_m, i_n = i_group * GROUP + i_in_group % height, i_in_group // height
     if ONE:
         i_e, begin, end = 0, 0, R
         o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
