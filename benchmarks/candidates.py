@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from benchmarks.timing import milliseconds
 
 T = TypeVar("T")
+Found = Iterator[tuple[str, dict[str, Any] | None]]  # shape classes and their rows of the table
 
 
 def bound(dtype: torch.dtype) -> float:

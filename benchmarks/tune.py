@@ -3,9 +3,10 @@
     python -m benchmarks.tune [--only attend_one ...] [--classes 2x128 ...] [--dry-run]
 
 For every shape class each candidate is compiled, held against float64 at ugly lengths, cut and
-uncut, and only then timed; what is wrong, or does not fit the card, cannot win. On Hopper the
-kernels of lightning_prefill_hopper and paged_prefill_hopper have fixed tiles: of the former's class
-the first pass alone is tuned, and what is found for the latter's serves other sizes of pages.
+uncut, and only then timed; what is wrong, or does not fit the card, cannot win. For mixtures of
+experts PyTorch's operations are candidates too: null says that they have won. On Hopper the kernels
+of lightning_prefill_hopper and paged_prefill_hopper have fixed tiles: of the former's class the
+first pass alone is tuned, and what is found for the latter's serves other sizes of pages.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.candidates import best, bound, error
+from benchmarks.candidates import Found, best, bound, error
 from benchmarks.pages import Paged
 from benchmarks.tune_experts import tune_mixtures, tune_routing
 from kernels import (
@@ -88,9 +89,8 @@ class Prefilling:
         return lambda: lightning_prefill._triton(*self.long, *where, tuning=candidate)
 
 
-def tune_prefill(classes: list[str]) -> dict[str, Any]:
+def tune_prefill(classes: list[str]) -> Found:
     """Both passes of each shape class: first the outputs, then the contributions."""
-    table = {}
     for (itemsize, dk), chosen in tuning.PREFILL.items():
         if classes and f"{itemsize}x{dk}" not in classes:
             continue
@@ -109,10 +109,9 @@ def tune_prefill(classes: list[str]) -> dict[str, Any]:
             chosen = best(f"{name} outputs", options, trial.check, bound(dtype), trial.work)
         options = [replace(chosen, contributions=each) for each in tiles]
         chosen = best(f"{name} contributions", options, trial.check, bound(dtype), trial.work)
-        table[f"{itemsize}x{dk}"] = asdict(chosen)
+        yield f"{itemsize}x{dk}", asdict(chosen)
         del trial
         torch.cuda.empty_cache()
-    return table
 
 
 class Decoding:
@@ -182,14 +181,13 @@ class BothSizes:
         return run
 
 
-def tune_decoding(ring: bool, classes: list[str]) -> dict[str, Any]:
+def tune_decoding(ring: bool, classes: list[str]) -> Found:
     """By the state's dtype."""
     options: list[Any]
     if ring:
         options = [RingTuning(*each) for each in product((16, 32, 64), (2, 4, 8), (96, 128, 255))]
     else:
         options = [DecodeTuning(*each) for each in product((2048, 4096, 8192, 16384), (2, 4, 8))]
-    table = {}
     for dtype in (torch.float32, torch.bfloat16):
         if classes and str(dtype.itemsize) not in classes:
             continue
@@ -197,10 +195,9 @@ def tune_decoding(ring: bool, classes: list[str]) -> dict[str, Any]:
         name = f"{'ring' if ring else 'decode'} {dtype.itemsize}"
         limit = 4e-3 if dtype == torch.float32 else 8e-3
         chosen = best(name, options, trial.check, limit, trial.work)
-        table[str(dtype.itemsize)] = asdict(chosen)
+        yield str(dtype.itemsize), asdict(chosen)
         del trial
         torch.cuda.empty_cache()
-    return table
 
 
 ATTENDED = ("2x64", "2x128", "4x128")
@@ -248,9 +245,8 @@ class Attending:
         return run
 
 
-def tune_attending(one: bool, classes: list[str]) -> dict[str, Any]:
+def tune_attending(one: bool, classes: list[str]) -> Found:
     """By bytes of an element and size of a head."""
-    table = {}
     for name in classes or ATTENDED:
         trial = Attending(name, one)
         title = f"{'attend_one' if one else 'attend'} {name}"
@@ -266,13 +262,12 @@ def tune_attending(one: bool, classes: list[str]) -> dict[str, Any]:
                 tiles = (64, 32, 8), (64, 32, 4), (32, 32, 4), (64, 16, 4)
             chosen = find([RowsTuning(*t, s, 1) for t in tiles for s in (1, 2, 3)])
             chosen = find([replace(chosen, resident=count) for count in (1, 2)])
-        table[name] = asdict(chosen)
+        yield name, asdict(chosen)
         del trial, find
         torch.cuda.empty_cache()
-    return table
 
 
-TUNERS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
+TUNERS: dict[str, Callable[[list[str]], Found]] = {
     "prefill": tune_prefill,
     "decode": partial(tune_decoding, False),
     "ring": partial(tune_decoding, True),
@@ -294,9 +289,12 @@ def main() -> None:
     mine = table.setdefault("sm_{}{}".format(*tuning.card(DEVICE)), {})
     with torch.inference_mode():
         for name in options.only:
-            mine.setdefault(name, {}).update(TUNERS[name](options.classes))
-            text = json.dumps(table, indent=1) + "\n"
-            print(text) if options.dry_run else tuning.TABLE.write_text(text)
+            for key, chosen in TUNERS[name](options.classes):
+                mine.setdefault(name, {})[key] = chosen
+                if not options.dry_run:  # class by class: what was found is not lost
+                    tuning.TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    if options.dry_run:
+        print(json.dumps(table, indent=1))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.candidates import best, error
+from benchmarks.candidates import Found, best, error
 from benchmarks.mixtures import DEVICE, SHAPES, Layers, Mixture, Shape
 from kernels import routing
 from kernels.routing import route_reference
@@ -61,9 +61,8 @@ def tune_mixture(name: str, mixture: Mixture, rows: int) -> dict[str, Any] | Non
     return chosen and asdict(chosen)
 
 
-def tune_mixtures(classes: list[str]) -> dict[str, Any]:
+def tune_mixtures(classes: list[str]) -> Found:
     """By bytes of an element of the weights, rows (tokens times experts of each) and experts."""
-    table = {}
     for shape in SHAPES:
         for codes in (None, torch.int8):
             itemsize = 2 if codes is None else 1
@@ -73,10 +72,9 @@ def tune_mixtures(classes: list[str]) -> dict[str, Any]:
             for name, T in due.items():
                 assert layers is not None
                 mixture = Mixture(layers, T)
-                table[name] = tune_mixture(f"moe {name}", mixture, T * shape.choice.top)
+                yield name, tune_mixture(f"moe {name}", mixture, T * shape.choice.top)
             del layers
             torch.cuda.empty_cache()
-    return table
 
 
 class Routing:
@@ -127,9 +125,8 @@ class Routing:
         return run
 
 
-def tune_routing(classes: list[str]) -> dict[str, Any]:
+def tune_routing(classes: list[str]) -> Found:
     """By the number of experts."""
-    table = {}
     for shape in SHAPES:
         if classes and str(shape.E) not in classes:
             continue
@@ -139,5 +136,4 @@ def tune_routing(classes: list[str]) -> dict[str, Any]:
         options += [RouteTuning(warps, False) for warps in (1, 2, 4)]
         options += [RouteTuning(warps, True) for warps in (4, 8) if fused]
         chosen = best(f"route {shape.E}", options, trial.check, 1e-3, trial.work)
-        table[str(shape.E)] = chosen and asdict(chosen)
-    return table
+        yield str(shape.E), chosen and asdict(chosen)
