@@ -38,7 +38,7 @@ TILES = {
 def products(rows: int, E: int, inputs: int) -> list[ProductTuning]:
     """Candidates for so many rows, and as many inputs."""
     found = []
-    if rows <= 64:
+    if rows <= max(16, E // 2):  # more meet too many experts more than once
         alone = ROWS if inputs > 512 else SHORT_ROWS
         found = [ProductTuning(1, *each) for each in alone]
     least = min(most for most in TILES if rows <= most * E)
@@ -58,7 +58,7 @@ def tune_mixture(name: str, mixture: Mixture, rows: int) -> dict[str, Any] | Non
     up = find([MixtureTuning(each, usual if each.rows == 1 else each) for each in ups]).up
     downs = products(rows, shape.E, shape.width)
     chosen = find([None, *(MixtureTuning(up, down) for down in downs)])
-    return chosen and asdict(chosen)
+    return None if chosen is None else asdict(chosen)
 
 
 def tune_mixtures(classes: list[str]) -> Found:
@@ -136,4 +136,4 @@ def tune_routing(classes: list[str]) -> Found:
         options += [RouteTuning(warps, False) for warps in (1, 2, 4)]
         options += [RouteTuning(warps, True) for warps in (4, 8) if fused]
         chosen = best(f"route {shape.E}", options, trial.check, 1e-3, trial.work)
-        yield str(shape.E), chosen and asdict(chosen)
+        yield str(shape.E), None if chosen is None else asdict(chosen)

@@ -91,5 +91,5 @@ def test_candidates_of_a_mixture_fit_their_class() -> None:
             rows = T * shape.choice.top
             found = tune_experts.products(rows, shape.E, shape.D)
             assert len(set(found)) == len(found) >= 4
-            assert (found[0].rows == 1) == (rows <= 64)
+            assert (found[0].rows == 1) == (rows <= max(16, shape.E // 2))
             assert max(each.rows for each in found) <= max(16, 4 * rows // shape.E)
