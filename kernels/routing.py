@@ -19,6 +19,7 @@ from kernels.tuning import ROUTE, RouteTuning, route_tuning
 
 LEAST = 1e-20  # added to a sum of sigmoids that others are divided by
 MOST_BYTES = 1 << 17  # of a router that each token's program reads by itself
+MOST_TOKENS = 1024  # that do so; more share it in one product
 
 
 @dataclass(slots=True, frozen=True)
@@ -241,7 +242,8 @@ def route(
     E, D = router.shape
     assert h.shape[1] == D and h.stride(1) == 1 and router.is_contiguous()
     tuning = route_tuning(h.device, E) if h.is_cuda else None
-    if tuning and tuning.fused and bias is None and router.nbytes <= MOST_BYTES:
+    small = bias is None and router.nbytes <= MOST_BYTES and len(h) <= MOST_TOKENS
+    if small and tuning is not None and tuning.fused:
         assert 1 <= choice.top <= E and choice == Choice(choice.top)
         return _triton(h, None, choice, router)
     return choose(F.linear(h.to(router.dtype), router), bias, choice)

@@ -22,7 +22,7 @@ TUNINGS = {
         ProductTuning(64, 64, 64, 4, 3), ProductTuning(128, 128, 64, 8, 3)
     ),
 }
-BOUND = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+BOUND = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 @pytest.fixture
@@ -32,12 +32,9 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(params=[torch.float32, "half"], ids=str)
-def dtype(request, device):
-    """float16 stands in where the interpreter is at a loss: it multiplies no bfloat16."""
-    if request.param == "half":
-        return torch.bfloat16 if device.type == "cuda" else torch.float16
-    return request.param
+def half(device):
+    """What a GPU computes in; float16 stands in where the interpreter is at a loss."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float16
 
 
 def mixture(E, D, width, dtype, device):
@@ -61,9 +58,11 @@ def check(x, gate_up, down, ids, weights, how):
 
 @pytest.mark.parametrize("name", TUNINGS)
 @pytest.mark.parametrize(
-    ("T", "E", "K", "D", "width"), [(1, 8, 2, 64, 32), (3, 60, 8, 33, 19), (23, 2, 1, 72, 40)]
+    ("T", "E", "K", "D", "width", "whole"),
+    [(1, 8, 2, 64, 32, True), (3, 60, 8, 33, 19, False), (17, 2, 1, 72, 40, True)],
 )
-def test_mixture(device, dtype, name, T, E, K, D, width):
+def test_mixture(device, name, T, E, K, D, width, whole):
+    dtype = torch.float32 if whole else half(device)
     x = torch.randn(T, D, device=device).to(dtype)
     check(x, *mixture(E, D, width, dtype, device), *routed(T, E, K, device), TUNINGS[name])
 

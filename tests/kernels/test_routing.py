@@ -35,7 +35,7 @@ def inputs(T, E, biased, device):
 
 
 @pytest.mark.parametrize(("E", "choice", "biased"), CASES, ids=str)
-@pytest.mark.parametrize("T", [1, 3, 63])
+@pytest.mark.parametrize("T", [1, 63])
 def test_best(device, T, E, choice, biased):
     logits, bias = inputs(T, E, biased, device)
     ids, weights = choose(logits, bias, choice)
@@ -45,7 +45,7 @@ def test_best(device, T, E, choice, biased):
 
 
 def test_rows_of_any_distance_and_dtype(device):
-    logits, _ = inputs(100, 40, False, device)
+    logits, _ = inputs(40, 40, False, device)
     part = logits[:, 9:29].to(torch.bfloat16).float()
     wide = torch.full_like(logits, torch.nan)
     wide[:, 9:29] = part
@@ -65,7 +65,7 @@ def ours(device):
 def test_ties_go_to_the_lowest_id(device, E, choice, biased):
     if not ours(device):
         pytest.skip("PyTorch breaks ties as it likes")
-    logits = torch.randint(-1, 2, (63, E), device=device).float()
+    logits = torch.randint(-1, 2, (23, E), device=device).float()
     logits[:3] = torch.tensor([[-0.0], [1.0], [0.0]], device=device)
     logits[2, ::2] *= -1
     bias = torch.randint(0, 2, (E,), device=device) * 0.25 if biased else None
