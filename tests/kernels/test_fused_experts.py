@@ -32,9 +32,9 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def half(device):
-    """What a GPU computes in; float16 stands in where the interpreter is at a loss."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float16
+def usual(device, stand_in=torch.float32):
+    """What the kernels serve, and what stands in where the interpreter is at a loss."""
+    return torch.bfloat16 if device.type == "cuda" else stand_in
 
 
 def mixture(E, D, width, dtype, device):
@@ -62,7 +62,7 @@ def check(x, gate_up, down, ids, weights, how):
     [(1, 8, 2, 64, 32, True), (3, 60, 8, 33, 19, False), (17, 2, 1, 72, 40, True)],
 )
 def test_mixture(device, name, T, E, K, D, width, whole):
-    dtype = torch.float32 if whole else half(device)
+    dtype = usual(device, torch.float32 if whole else torch.float16)
     x = torch.randn(T, D, device=device).to(dtype)
     check(x, *mixture(E, D, width, dtype, device), *routed(T, E, K, device), TUNINGS[name])
 
@@ -78,15 +78,15 @@ def test_mixture(device, name, T, E, K, D, width, whole):
     ],
 )
 def test_many_rows(device, name, T, E, K):
-    x = torch.randn(T, 32, device=device)
-    check(x, *mixture(E, 32, 16, torch.float32, device), *routed(T, E, K, device), TUNINGS[name])
+    x = torch.randn(T, 32, device=device).to(usual(device))
+    check(x, *mixture(E, 32, 16, x.dtype, device), *routed(T, E, K, device), TUNINGS[name])
 
 
 @pytest.mark.parametrize("name", TUNINGS)
 def test_all_rows_to_one_expert(device, name):
     """The others have none. Then every second row to the first, and the rest to the last."""
-    x = torch.randn(36, 32, device=device)
-    weights = mixture(9, 32, 16, torch.float32, device)
+    x = torch.randn(36, 32, device=device).to(usual(device))
+    weights = mixture(9, 32, 16, x.dtype, device)
     for ids in ([4] * 36, [0, 8] * 18):
         ids = torch.tensor(ids, device=device)[:, None]
         check(x, *weights, ids, torch.rand(36, 1, device=device), TUNINGS[name])
@@ -94,7 +94,7 @@ def test_all_rows_to_one_expert(device, name):
 
 @pytest.mark.parametrize("name", TUNINGS)
 def test_int8(device, name):
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = usual(device)
     x = torch.randn(11, 72, device=device).to(dtype)
     small = []
     for w in mixture(5, 72, 40, dtype, device):
@@ -109,7 +109,7 @@ def test_int8(device, name):
 @pytest.mark.parametrize("name", TUNINGS)
 def test_a_row_does_not_depend_on_its_company(device, name):
     """Bit for bit on a GPU, alone or among others; NaN in a row or in its weight stays there."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = usual(device)
     x = torch.randn(20, 40, device=device).to(dtype)
     weights, (ids, shares) = mixture(6, 40, 24, dtype, device), routed(20, 6, 2, device)
     y = fused_moe(x, *weights, ids, shares, TUNINGS[name])
@@ -127,9 +127,9 @@ def test_a_row_does_not_depend_on_its_company(device, name):
 
 @pytest.mark.parametrize("name", ["rows", "tiles"])
 def test_rows_of_any_distance_beside_nan(device, name):
-    wide = torch.full((20, 100), torch.nan, device=device)
+    wide = torch.full((20, 100), torch.nan, device=device, dtype=usual(device))
     wide[:, 11:51] = torch.randn(20, 40, device=device)
-    weights = mixture(6, 40, 24, torch.float32, device)
+    weights = mixture(6, 40, 24, wide.dtype, device)
     check(wide[:, 11:51], *weights, *routed(20, 6, 2, device), TUNINGS[name])
 
 
