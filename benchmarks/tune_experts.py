@@ -17,7 +17,7 @@ from kernels.routing import route_reference
 from kernels.tuning import MixtureTuning, ProductTuning, RouteTuning, mixture_class
 
 TOKENS = [1 << n for n in range(10)]
-LIMIT = 6e-3
+LIMIT = 8e-3  # of what is rounded to bfloat16 up to four times on its way
 ROWS = [(2, 2048, 4, 1), (4, 1024, 4, 1), (4, 2048, 4, 1), (8, 512, 4, 1), (8, 512, 4, 4)]
 SHORT_ROWS = [(4, 512, 2, 1), (8, 512, 2, 1), (8, 512, 4, 1), (16, 512, 4, 1)]
 # by the greatest mean number of rows an expert that they are for
@@ -104,11 +104,14 @@ class Routing:
         return routing._triton(logits, self.bias, self.shape.choice, None, candidate)
 
     def check(self, candidate: RouteTuning | None) -> float:
-        """Greatest error of the weights; logits are exact, so that ids cannot differ."""
+        """Greatest error of the weights. Logits are so few and small whole numbers added up, over
+        64, that every dtype holds them: ids cannot differ."""
         errors = []
+        D = self.shape.D
+        sparse = torch.arange(D, device=DEVICE) % (D // 16) == D // 16 - 1
         for h in self.hidden:
-            h = h.sign()
-            router = (self.routers[0] * 100).round() / 64
+            h = h.sign() * sparse
+            router = (self.routers[0] * (2 * D**0.5)).round() / 64
             logits = h.float() @ router.float().t()
             ids, weights = self.run(h, router, candidate)
             want_ids, want = route_reference(logits.to(router.dtype), self.bias, self.shape.choice)

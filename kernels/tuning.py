@@ -132,7 +132,7 @@ KEYS = {
     1024: KeysTuning(16, 4, 1, 4),
 }
 
-ROUTE = RouteTuning(4, True)
+ROUTE = RouteTuning(4, True)  # where the kernel is asked for by itself
 
 
 @lru_cache(maxsize=16)
