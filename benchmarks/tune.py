@@ -9,6 +9,7 @@ fixed tiles: of the former's class the first pass alone is tuned, and what is fo
 serves other sizes of pages. Each class of a prefill has a second one, such as 2x128-short: how
 sequences of middling length are read in one pass, which is not done where it was not measured. The
 table is written after each class; once the seconds are over, what is not tried keeps what it had.
+For mixtures of experts PyTorch's operations are candidates too: a class that they win has no row.
 Classes of `skinny` may have wildcards, and be others than the usual ones: 'norm-*-2x1x*'.
 """
 
@@ -29,6 +30,7 @@ import torch
 from benchmarks.candidates import DEVICE, Found, best, due, error, timed
 from benchmarks.pages import Paged
 from benchmarks.prefilling import tune_prefill
+from benchmarks.tune_experts import tune_mixtures, tune_routing
 from benchmarks.tune_skinny import tune_skinny
 from kernels import lightning_decode, lightning_ring, paged_decode, paged_prefill, tuning
 from kernels.lightning_reference import lightning_reference
@@ -201,6 +203,8 @@ TUNERS: dict[str, Callable[[list[str], float], Found]] = {
     "attend_one": partial(tune_attending, True),
     "attend": partial(tune_attending, False),
     "skinny": tune_skinny,
+    "route": tune_routing,
+    "moe": tune_mixtures,
 }
 
 

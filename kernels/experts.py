@@ -1,14 +1,21 @@
-"""Mixture of experts: y_t = sum_k weight_tk down_e (silu(gate_e x_t) * (up_e x_t)), e = ids_tk."""
+"""Mixture of experts: y_t = sum_k weight_tk down_e (silu(gate_e x_t) * (up_e x_t)), e = ids_tk.
+
+Where kernels/tuning.json has measured our kernels faster they serve: a row at a time, or tiles of
+sorted rows. Elsewhere rows are copied into order for grouped products.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
+from kernels import expert_rows, expert_tiles
 from kernels.gated import silu_mul
 from kernels.grouped_gemm import grouped_gemm
 from kernels.linear import activations, linear
 from kernels.quantize import Quantized, Weight
+from kernels.sorting import by_expert, sort_by_expert
+from kernels.tuning import MixtureTuning, mixture_tuning
 
 
 def moe_reference(
@@ -71,6 +78,54 @@ def _product(x: Weight, w: Weight, ends: torch.Tensor, dtype: torch.dtype) -> to
     return (on_cuda if x.is_cuda else _looped)(x, w, ends)
 
 
+def grouped_moe(
+    x: torch.Tensor,
+    gate_up: Weight,
+    down: Weight,
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """As moe, by grouped products of sorted copies of rows; any number of them, on any device."""
+    T, K = expert_ids.shape
+    order, ends = sort_by_expert(expert_ids.flatten(), len(gate_up))
+    both = _product(activations(x, gate_up)[order // K], gate_up, ends, x.dtype)
+    gated = silu_mul(*both.chunk(2, dim=1))
+    y = _product(activations(gated, down), down, ends, x.dtype)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(T * K, device=x.device))
+    return (y[place].view(T, K, x.shape[1]).float() * weights[:, :, None]).sum(1).to(x.dtype)
+
+
+def fused_moe(
+    x: torch.Tensor,
+    gate_up: Weight,
+    down: Weight,
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor,
+    tuning: MixtureTuning,
+) -> torch.Tensor:
+    """As moe, in two to four launches; not with fp8, and T > 0."""
+    up_rows, down_rows = tuning.up.rows == 1, tuning.down.rows == 1
+    if not (up_rows and down_rows):
+        order, ends = by_expert(expert_ids.flatten(), len(gate_up))
+    if up_rows:
+        h = expert_rows.up(x, gate_up, expert_ids, tuning.up)
+    else:
+        h = expert_tiles.up(x, gate_up, order, ends, tuning.up)
+    if down_rows:
+        return expert_rows.down(h, down, expert_ids, weights, tuning.down)
+    return expert_tiles.down(h, down, order, ends, weights, tuning.down)
+
+
+def _tuning(x: torch.Tensor, gate_up: Weight, rows: int) -> MixtureTuning | None:
+    """How our kernels multiply so many rows; None where grouped products do."""
+    if not x.is_cuda or x.dtype != torch.bfloat16 or rows == 0:
+        return None
+    codes = gate_up.codes if isinstance(gate_up, Quantized) else gate_up
+    if isinstance(gate_up, Quantized) and codes.is_floating_point():
+        return None  # rows would have to be quantised between the products
+    return mixture_tuning(x.device, codes.itemsize, rows, len(gate_up))
+
+
 def moe(
     x: torch.Tensor,
     gate_up: Weight,
@@ -80,9 +135,9 @@ def moe(
 ) -> torch.Tensor:
     """x [T, D], gate_up [E, 2 I, D] (gate rows first), down [E, D, I] -> [T, D] in x's dtype.
 
-    gate_up and down may be quantised. expert_ids [T, K] integers below E, weights [T, K] float32;
-    both None where E is 1. The sum over K is float32 and in the order of K, so the result does not
-    depend on how rows are scheduled.
+    gate_up and down may be quantised, both alike. expert_ids [T, K] integers below E, weights
+    [T, K] float32; both None where E is 1. Sums over K are float32 and in the order of K, and no
+    row's depends on others', so the result does not depend on how rows are scheduled.
     """
     T, D = x.shape
     E, I2, _ = gate_up.shape
@@ -90,13 +145,9 @@ def moe(
     if E == 1:
         return _expert(x, gate_up[0], down[0])
     assert expert_ids is not None and weights is not None
-    K = expert_ids.shape[1]
-    assert expert_ids.shape == weights.shape == (T, K) and weights.dtype == torch.float32
-    experts, order = expert_ids.flatten().sort(stable=True)
-    every = torch.arange(E, dtype=experts.dtype, device=x.device)
-    ends = torch.searchsorted(experts, every, right=True, out_int32=True)  # [E], no host sync
-    both = _product(activations(x, gate_up)[order // K], gate_up, ends, x.dtype)
-    gated = silu_mul(*both.chunk(2, dim=1))
-    y = _product(activations(gated, down), down, ends, x.dtype)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(T * K, device=x.device))
-    return (y[place].view(T, K, D).float() * weights[:, :, None]).sum(1).to(x.dtype)
+    assert expert_ids.shape == weights.shape == (T, weights.shape[1])
+    assert weights.dtype == torch.float32
+    tuning = _tuning(x, gate_up, expert_ids.numel())
+    if tuning is None:
+        return grouped_moe(x, gate_up, down, expert_ids, weights)
+    return fused_moe(x, gate_up, down, expert_ids, weights, tuning)

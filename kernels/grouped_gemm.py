@@ -26,6 +26,28 @@ def grouped_gemm_reference(x: Weight, w: Quantized, ends: torch.Tensor) -> torch
     return torch.cat(parts)
 
 
+@jit
+def rows_of(i_m, ends_ptr, E, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
+    """A tile's group, where the group's rows begin and end, and the tile's rows [M]. There are as
+    many tiles as there can be: beyond the last is a group beyond the last."""
+    o_e = tl.arange(0, BLOCK_E)
+    b_end = tl.load(ends_ptr + o_e, mask=o_e < E, other=0)  # [E]
+    b_begin = tl.load(ends_ptr + o_e - 1, mask=(o_e > 0) & (o_e < E), other=0)
+    b_tiles = (b_end - b_begin + BLOCK_M - 1) // BLOCK_M
+    b_last = tl.cumsum(b_tiles)
+    i_e = tl.sum((b_last <= i_m).to(tl.int32))
+    mine = o_e == i_e
+    begin = tl.sum(tl.where(mine, b_begin, 0))
+    end = tl.sum(tl.where(mine, b_end, 0))
+    first = tl.sum(tl.where(mine, b_last - b_tiles, 0))
+    return i_e, begin, end, begin + (i_m - first) * BLOCK_M + tl.arange(0, BLOCK_M)
+
+
+def most_tiles(R: int, E: int, BLOCK_M: int) -> int:
+    """No more tiles of rows than these, however R rows fall into E groups."""
+    return min(E, R) + R // BLOCK_M
+
+
 @jit(do_not_specialize=["R"], do_not_specialize_on_alignment=["ends_ptr"])
 def _grouped_gemm_kernel(
     x_ptr,
@@ -63,17 +85,7 @@ def _grouped_gemm_kernel(
         i_e, begin, end = 0, 0, R
         o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     else:
-        o_e = tl.arange(0, BLOCK_E)
-        b_end = tl.load(ends_ptr + o_e, mask=o_e < E, other=0)  # [E]
-        b_begin = tl.load(ends_ptr + o_e - 1, mask=(o_e > 0) & (o_e < E), other=0)
-        b_tiles = (b_end - b_begin + BLOCK_M - 1) // BLOCK_M
-        b_last = tl.cumsum(b_tiles)
-        i_e = tl.sum((b_last <= i_m).to(tl.int32))  # beyond the last where there is no such tile
-        mine = o_e == i_e
-        begin = tl.sum(tl.where(mine, b_begin, 0))
-        end = tl.sum(tl.where(mine, b_end, 0))
-        first = tl.sum(tl.where(mine, b_last - b_tiles, 0))
-        o_m = begin + (i_m - first) * BLOCK_M + tl.arange(0, BLOCK_M)
+        i_e, begin, end, o_m = rows_of(i_m, ends_ptr, E, BLOCK_E, BLOCK_M)
     if i_e >= E:
         return
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -125,7 +137,7 @@ def _triton(x: Weight, w: Quantized, ends: torch.Tensor | None, y: torch.Tensor)
     rows, scales = (x.codes, x.scales) if isinstance(x, Quantized) else (x, None)
     (R, K), (E, N, _) = rows.shape, w.shape
     sizes = tiles(R, E, N, rows.itemsize, rows.device)
-    count = min(E, R) + R // sizes["BLOCK_M"]  # no more tiles than these, however rows fall
+    count = most_tiles(R, E, sizes["BLOCK_M"])
     if ends is None:
         count = -(-R // sizes["BLOCK_M"])
     _grouped_gemm_kernel[(count * -(-N // sizes["BLOCK_N"]),)](

@@ -1,7 +1,8 @@
 """Tile sizes by operation, card and shape class: measured once, committed, looked up.
 
 tuning.json holds, for each card that was measured, the winners that `python -m benchmarks.tune`
-found; other cards get modest tiles. Nothing is measured while a server runs.
+found; other cards get modest tiles. null: what a kernel was measured against has won, and serves.
+Nothing is measured while a server runs.
 """
 
 from __future__ import annotations
@@ -103,6 +104,35 @@ class SkinnyTuning:
     early: bool
 
 
+@dataclass(slots=True, frozen=True)
+class RouteTuning:
+    """Choosing experts: warps per token; whether they make the token's logits too, of a small
+    router."""
+
+    warps: int
+    fused: bool
+
+
+@dataclass(slots=True, frozen=True)
+class ProductTuning:
+    """Products of an expert: rows, outputs and inputs at a time, warps, stages of its loop. One row
+    at a time asks for no order of rows."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+
+
+@dataclass(slots=True, frozen=True)
+class MixtureTuning:
+    """Products with gate and up, and with down."""
+
+    up: ProductTuning
+    down: ProductTuning
+
+
 # by bytes of an element of the inputs and the power of two that holds a key
 PREFILL = {
     (2, 64): PrefillTuning(Tiles(32, 64, 4, 1), Tiles(32, 64, 4, 1), 2),
@@ -129,6 +159,8 @@ KEYS = {
     512: KeysTuning(32, 4, 1, 4),
     1024: KeysTuning(16, 4, 1, 4),
 }
+
+ROUTE = RouteTuning(4, True)  # where the kernel is asked for by itself
 
 
 @lru_cache(maxsize=16)
@@ -212,6 +244,30 @@ def skinny_of(device: torch.device, name: str) -> SkinnyTuning | None:
     """What is known of a class; None where that is that several kernels are faster, or nothing."""
     found = measured(card(device)).get("skinny", {}).get(name)
     return None if found is None else SkinnyTuning(**found)
+
+
+@lru_cache(maxsize=64)
+def route_tuning(device: torch.device, E: int) -> RouteTuning | None:
+    """How the kernel chooses among so many experts; None where it has not won."""
+    found = measured(card(device)).get("route", {}).get(str(E))
+    return None if found is None else RouteTuning(**found)
+
+
+def mixture_class(itemsize: int, rows: int, E: int) -> str:
+    """So many rows, each with one of E experts whose weights have elements of such a size."""
+    return f"{itemsize}x{1 << max(rows - 1, 0).bit_length()}x{E}"
+
+
+@lru_cache(maxsize=1024)
+def mixture_tuning(device: torch.device, itemsize: int, rows: int, E: int) -> MixtureTuning | None:
+    """How the kernels multiply them; None where they have not won."""
+    found = measured(card(device)).get("moe", {}).get(mixture_class(itemsize, rows, E))
+    return None if found is None else mixture_of(found)
+
+
+def mixture_of(found: dict[str, Any]) -> MixtureTuning:
+    """A row of the table's operation `moe`."""
+    return MixtureTuning(ProductTuning(**found["up"]), ProductTuning(**found["down"]))
 
 
 def prefill_of(found: dict[str, Any]) -> PrefillTuning:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.kernels import attention, decode, prefill, rowwise, skinny, softmax
+from benchmarks.kernels import attention, decode, mixture, prefill, rowwise, skinny, softmax
 from benchmarks.result import Row, write
 from benchmarks.timing import copy_bandwidth, gemm_rate
 
@@ -29,6 +29,7 @@ GROUPS: dict[str, Callable[[float, float], Iterator[Row]]] = {
     "skinny": skinny.rows,
     "softmax": softmax.rows,
     "attention": attention.rows,
+    "mixture": mixture.rows,
 }
 
 

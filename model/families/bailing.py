@@ -17,10 +17,11 @@ from kernels.fused_linear import Residual, gate_linear, residual_linear
 from kernels.linear import linear
 from kernels.logits import residual_logits
 from kernels.rotary import norm_rotary, rotary_angles
+from kernels.routing import Choice, route
 from model.attention import Softmax, page_fields
 from model.batch import Batch
 from model.config import Fields
-from model.experts import Dense, Experts, grouped_sigmoid_route
+from model.experts import Dense, Experts
 from model.layers import Step, alibi_slopes, layer_factor, rotary_frequencies
 from model.lightning import Lightning, Memory, memory_fields
 from model.store import Field, Store
@@ -206,7 +207,13 @@ class Routed:
 
     def __init__(self, config: BailingConfig, index: int, parameters: Parameters) -> None:
         prefix = f"model.layers.{index}.mlp"
-        self.config = config
+        self.choice = Choice(
+            config.experts_per_token,
+            config.groups,
+            config.top_groups,
+            normed=config.normed and config.experts_per_token > 1,
+            factor=config.routed_factor,
+        )
         # both float32: a choice between 256 scores that lie close together
         self.router = parameters.tensor(
             f"{prefix}.gate.weight", config.experts, config.hidden, dtype=torch.float32
@@ -230,17 +237,7 @@ class Routed:
             )
 
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
-        c = self.config
-        ids, weights = grouped_sigmoid_route(
-            F.linear(h.float(), self.router),
-            self.bias,
-            top=c.experts_per_token,
-            groups=c.groups,
-            top_groups=c.top_groups,
-            normed=c.normed and c.experts_per_token > 1,
-            factor=c.routed_factor,
-        )
-        y = self.experts(h, ids, weights)
+        y = self.experts(h, *route(h, self.router, self.bias, self.choice))
         return y if self.shared is None else y.add_(self.shared(h))
 
 

@@ -17,10 +17,11 @@ from kernels.linear import linear
 from kernels.logits import residual_logits
 from kernels.residual_rmsnorm import residual_rmsnorm
 from kernels.rotary import rotary, rotary_angles
+from kernels.routing import Choice, route
 from model.attention import Softmax, page_fields, window_fields
 from model.batch import Batch
 from model.config import Fields
-from model.experts import Experts, softmax_route
+from model.experts import Experts
 from model.layers import (
     Step,
     alibi_slopes,
@@ -235,7 +236,7 @@ class Routed:
 
     def __init__(self, config: MiniMaxConfig, index: int, parameters: Parameters) -> None:
         prefix = f"model.layers.{index}.block_sparse_moe"
-        self.top = config.experts_per_token
+        self.choice = Choice(config.experts_per_token)
         shape = config.experts, config.hidden
         self.router = parameters.tensor(f"{prefix}.gate.weight", *shape, dtype=config.layout.router)
         self.experts = Experts(
@@ -250,8 +251,7 @@ class Routed:
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
         if len(self.router) == 1:
             return self.experts(h, None, None)
-        logits = F.linear(h.to(self.router.dtype), self.router)
-        return self.experts(h, *softmax_route(logits, self.top))
+        return self.experts(h, *route(h, self.router, None, self.choice))
 
 
 class MiniMax:

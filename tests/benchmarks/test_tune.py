@@ -10,12 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import candidates, prefilling, skinny, tune, tune_skinny
+from benchmarks import (
+    candidates,
+    mixtures,
+    prefilling,
+    skinny,
+    tune,
+    tune_experts,
+    tune_skinny,
+)
 from kernels import lightning_prefill, tuning
+from kernels.routing import Choice
 from kernels.tuning import (
     SKINNY,
+    MixtureTuning,
     PrefillTuning,
+    ProductTuning,
     RereadTuning,
+    RouteTuning,
     SkinnyTuning,
     Tiles,
     prefill_tuning,
@@ -186,3 +198,46 @@ def test_what_wins_is_right_in_everything_that_goes_by_its_name(
     assert tune_skinny.tuned("norm", trial, math.inf) == replace(slow, early=True)
     times[slow] = times[replace(slow, early=True)] = 4.0
     assert tune_skinny.tuned("norm", trial, math.inf) is None
+
+
+SMALL = mixtures.Shape("small", 64, 32, 6, Choice(2), False)
+ROW, TILE = ProductTuning(1, 16, 32, 4, 1), ProductTuning(16, 32, 32, 4, 2)
+
+
+@pytest.mark.parametrize("codes", [None, torch.int8], ids=str)
+@torch.inference_mode()
+def test_a_mixture_is_held_against_each_expert(codes: torch.dtype | None) -> None:
+    """Of our kernels and of grouped products; an error in one token of many is told."""
+    torch.manual_seed(0)
+    mixture = mixtures.Mixture(mixtures.Layers(SMALL, codes, torch.float32), 9)
+    due = mixture.due()
+    assert (mixture.skewed[0] == SMALL.E // 2).any(1).all()
+    for candidate in (None, MixtureTuning(ROW, TILE), MixtureTuning(TILE, ROW)):
+        assert mixture.check(candidate, due) <= 1e-5
+    for i, factor in ((0, 1.1), (1, 1.1), (1, torch.nan)):
+        wrong = [y.clone() for y in due]
+        wrong[i][8] *= factor
+        assert not mixture.check(None, wrong) <= tune_experts.LIMIT
+
+
+@torch.inference_mode()
+def test_choices_are_held_against_float64() -> None:
+    torch.manual_seed(0)
+    trial = tune_experts.Routing(SMALL)
+    trial.hidden = trial.hidden[:2]
+    for candidate in (None, RouteTuning(1, False), RouteTuning(4, True)):
+        assert trial.check(candidate) <= 1e-3
+    trial.routers = [-trial.routers[0]]
+    kept, trial.run = trial.run, lambda h, router, candidate: kept(h, -router, candidate)
+    assert not trial.check(None) <= 1e-3
+
+
+def test_candidates_of_a_mixture_fit_their_class() -> None:
+    """Rows alone for few, and no tile far larger than an expert's rows, whatever the class."""
+    for shape in mixtures.SHAPES:
+        for T in tune_experts.TOKENS:
+            rows = T * shape.choice.top
+            found = tune_experts.products(rows, shape.E, shape.D)
+            assert len(set(found)) == len(found) >= 4
+            assert (found[0].rows == 1) == (rows <= max(16, shape.E // 2))
+            assert max(each.rows for each in found) <= max(16, 4 * rows // shape.E)

@@ -16,7 +16,9 @@ MODULES = (
     "rmsnorm",
     "rmsnorm_gate",
     "rotary",
+    "routing",
     "sampling",
+    "sorting",
     "window_attention",
 )
 

@@ -11,7 +11,6 @@ import torch
 
 from benchmarks.decay import compare
 from model.config import ConfigError, Fields
-from model.experts import grouped_sigmoid_route
 from model.families.bailing import Bailing, BailingConfig, LightningMixer
 from model.runner import ModelRunner
 from model.weights import fingerprint
@@ -145,28 +144,6 @@ def test_other_families_have_one_decay(tmp_path: Path, family: object) -> None:
 def test_a_fingerprint_tells_settings_apart(tmp_path: Path) -> None:
     bailing.write(tmp_path)
     assert fingerprint(tmp_path, "a") == fingerprint(tmp_path, "a") != fingerprint(tmp_path, "b")
-
-
-def test_the_bias_chooses_and_does_not_weigh() -> None:
-    """Scores 0.5 everywhere; the bias picks groups 1 and 2, then experts 2, 5 and 4."""
-    bias = torch.tensor([0.1, 0.1, 0.3, 0.0, 0.2, 0.25, 0.0, 0.0])
-    ids, weights = grouped_sigmoid_route(
-        torch.zeros(1, 8), bias, top=3, groups=4, top_groups=2, normed=True, factor=2.5
-    )
-    assert ids.tolist() == [[2, 5, 4]]
-    assert weights.tolist() == [pytest.approx([2.5 / 3] * 3)]
-    _, weights = grouped_sigmoid_route(
-        torch.zeros(1, 8), bias, top=3, groups=4, top_groups=2, normed=False, factor=2.5
-    )
-    assert weights.tolist() == [[1.25] * 3]
-
-
-def test_a_negative_bias_does_not_let_other_groups_in() -> None:
-    bias = torch.tensor([-2.0, -2.0, -3.0, -9.0, -9.0, -9.0])
-    ids, _ = grouped_sigmoid_route(
-        torch.zeros(1, 6), bias, top=2, groups=2, top_groups=1, normed=True, factor=1.0
-    )
-    assert sorted(ids[0].tolist()) == [0, 1]
 
 
 def model_of(runner: ModelRunner) -> Bailing:
