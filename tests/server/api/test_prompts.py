@@ -118,6 +118,7 @@ def test_the_hopeless_is_refused_before_any_work(live: Live, gate: Gate) -> None
     assert f"{len(text)} bytes has at least 200001" in error["message"] and not gate.encoded
     chat = live.chat(text)
     assert chat.status_code == 400 and "at least 200003" in chat.json()["error"]["message"]
+    assert (error["param"], chat.json()["error"]["param"]) == ("prompt", "messages")
 
 
 @pytest.mark.parametrize("stream", [False, True])
