@@ -218,9 +218,14 @@ async def start(
             copies = streams[number * options.n : (number + 1) * options.n]
             await _feed(service, prompt, copies, options)
         service.check()
-    except BaseException:
-        for stream in streams:
+    except BaseException as error:
+        for number, stream in enumerate(streams):
             stream.close()
+            if not isinstance(error, RequestError):  # the client left, or there is no engine
+                prompt = prompts[number // options.n]
+                timeline = Timeline(record.arrived, len(prompt), submitted)
+                reason = "abort" if isinstance(error, asyncio.CancelledError) else "error"
+                service.metrics.end(timeline, reason)
         raise
     finally:
         for prompt in prompts:
