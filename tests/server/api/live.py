@@ -33,7 +33,7 @@ ENGINE = (
 )
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait until something is so."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -47,7 +47,7 @@ class Live:
     def __init__(self, url: str, model: str, service: Service | None = None) -> None:
         self.url = url
         self.model = model
-        self.http = httpx.Client(base_url=url, timeout=20)
+        self.http = httpx.Client(base_url=url, timeout=60)
         self.openai = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
         self._service = service
 
@@ -57,7 +57,7 @@ class Live:
         return self._service
 
     def wait_ready(self) -> None:
-        eventually(lambda: self.http.get("/health").status_code == 200, 30)
+        eventually(lambda: self.http.get("/health").status_code == 200, 60)
 
     def metrics(self) -> dict[str, float]:
         """Samples by name and labels, the model's label left out."""
@@ -140,7 +140,7 @@ class Process:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         listening = re.compile(r'"url":"([^"]+)"')
-        eventually(lambda: any(map(listening.search, self.log)) or not self.running, 30)
+        eventually(lambda: any(map(listening.search, self.log)) or not self.running, 60)
         found = next(filter(None, map(listening.search, self.log)))
         self.live = Live(found[1], checkpoint.name)
 
@@ -151,7 +151,7 @@ class Process:
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 
-    def wait(self, seconds: float = 15) -> int:
+    def wait(self, seconds: float = 60) -> int:
         """The exit code; everything logged is in `log` then."""
         code = self.process.wait(seconds)
         self._reader.join(5)

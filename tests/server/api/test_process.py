@@ -29,7 +29,7 @@ FOREVER = {"prompt": "abc", "max_tokens": 1_000_000, "ignore_eos": True}
 
 
 def post(process: Process, **body: object) -> httpx.Response:
-    with httpx.Client(base_url=process.live.url, timeout=20) as client:
+    with httpx.Client(base_url=process.live.url, timeout=60) as client:
         return client.post("/v1/completions", json={**FOREVER, **body})
 
 
@@ -112,17 +112,17 @@ def test_the_death_of_the_engine_ends_everything(launch: Launch) -> None:
         frames = streamed.result().text.strip().split("\n\n")
         assert frames[-1] == "data: [DONE]"
         assert json.loads(frames[-2][6:])["error"]["code"] == "engine_unavailable"
-    assert process.wait(10) == 1
+    assert process.wait() == 1
     assert any("engine process" in line for line in process.log)
 
 
 def test_an_engine_that_cannot_load(launch: Launch) -> None:
     process = launch("--fail-load")
-    assert process.wait(15) == 1
+    assert process.wait() == 1
     lines = [json.loads(line) for line in process.log]
     assert any(line["level"] == "critical" for line in lines)
-    (failure,) = [line for line in lines if line["message"] == "the engine failed"]
-    assert "tensors are missing" in failure["exception"]
+    (failure,) = [line for line in lines if line["message"].startswith("the engine failed: ")]
+    assert "tensors are missing" in failure["message"] and "Traceback" in failure["exception"]
 
 
 @pytest.mark.parametrize("module", ["server.engine", "server.api", "server.hub"])
