@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from server.errors import RequestError
 
@@ -124,8 +125,27 @@ def _explained(error: ValidationError) -> RequestError:
         field += f"[{key}]" if isinstance(key, int) else f".{key}" if field else str(key)
     if first["type"] == "missing":
         return RequestError(f"{field} is required", param=field, code="missing_parameter")
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = _plainly(first)
     if first["type"] == "value_error" and not field:
         return RequestError(message, param=message.split(" ", 1)[0])
     given = "" if ", got " in message else f", got {shown(first['input'])}"
     return RequestError(f"{field}: {message}{given}", param=field or None)
+
+
+def _plainly(error: ErrorDetails) -> str:
+    """What pydantic says, without Python's words; sizes are told of what is too long to show."""
+    limits = error.get("ctx", {})
+    match error["type"]:
+        case "too_long":
+            return f"at most {limits['max_length']} items, got {len(error['input'])}"
+        case "too_short":
+            return f"at least {limits['min_length']} items, got {len(error['input'])}"
+        case "string_too_long":
+            return f"at most {limits['max_length']} characters, got {len(error['input'])}"
+        case "string_too_short":
+            return f"at least {limits['min_length']} characters, got {len(error['input'])}"
+        case "model_type" | "dict_type":
+            return "must be an object"
+        case "extra_forbidden":
+            return "unknown parameter"
+    return error["msg"].removeprefix("Value error, ").removeprefix("Input ")

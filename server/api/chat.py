@@ -66,7 +66,8 @@ async def encode_messages(service: Service, body: TemplateBody, messages: list[M
 async def _begin(service: Service, body: ChatBody, request: Request) -> Generation:
     if body.context is None:
         pieces = await encode_messages(service, body, body.messages)
-        prompt = await begun(service, pieces, ends=service.tokenizer.boundaries)
+        ends = service.tokenizer.boundaries
+        prompt = await begun(service, pieces, ends=ends, field="messages")
     else:
         context = await open_context(
             service, body.context, request.state.owner, salt=body.cache_salt

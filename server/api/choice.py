@@ -139,7 +139,7 @@ class Choice:
     def close(self) -> None:
         """Give the slot back, unless it has ended."""
         self._stream.close()
-        self._metrics.end(self.timeline, "abort")
+        self._metrics.end(self.timeline, "error" if self._stream.orphaned else "abort")
 
     def _take(self, output: Output) -> None:
         """Add an Output to the piece, up to the token that completes a stop string."""

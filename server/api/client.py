@@ -63,6 +63,11 @@ class EngineStream:
         self._outputs: deque[Output] = deque()
         self._news = asyncio.Event()
 
+    @property
+    def orphaned(self) -> bool:
+        """Whether it can come to no end, for the engine is gone."""
+        return self._client.is_dead and not self.ended
+
     def push(self, output: Output) -> None:
         """Hand over an Output; never blocks."""
         self.ended |= output.finish is not None

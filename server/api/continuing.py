@@ -72,7 +72,8 @@ async def after_messages(service: Service, record: Record, body: ChatBody) -> Pr
             tools=[tool.for_template() for tool in body.offered],
             kwargs=template_kwargs(body),
         )
-        return _prompt(record, tokens, boundaries=service.tokenizer.boundaries(tokens))
+        boundaries = service.tokenizer.boundaries(tokens)
+        return _prompt(record, tokens, boundaries=boundaries, field="messages")
     template = record.template
     if body.add_special_tokens is not None:
         template = {**template, "add_special_tokens": body.add_special_tokens}
@@ -90,7 +91,8 @@ async def after_messages(service: Service, record: Record, body: ChatBody) -> Pr
     if not await service.off_loop(4 * len(tokens), lambda: _begins(service, record, tokens)):
         raise await _parting(service, record, tokens)
     boundaries = service.tokenizer.boundaries(tokens)
-    return _prompt(record, tokens[record.count :], boundaries=boundaries, absolute=True)
+    rest = tokens[record.count :]
+    return _prompt(record, rest, boundaries=boundaries, absolute=True, field="messages")
 
 
 def template_kwargs(body: TemplateBody) -> dict[str, Any]:
@@ -149,6 +151,7 @@ def _prompt(
     drop: int = 0,
     boundaries: Sequence[int] = (),
     absolute: bool = False,
+    field: str = "prompt",
 ) -> Prompt:
     before = record.count - drop
     return Prompt(
@@ -158,4 +161,5 @@ def _prompt(
         base=record.key,
         before=before,
         drop=drop,
+        field=field,
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from asyncio.subprocess import PIPE, create_subprocess_exec
 from pathlib import Path
 
 import msgspec
 
+from server.api.launch import python
 from server.settings import Settings
 
 
@@ -16,9 +16,7 @@ async def fetch(settings: Settings) -> Path:
 
     When cancelled, the fetching ends too.
     """
-    process = await create_subprocess_exec(
-        *(sys.executable, "-m", "server.hub"), stdin=PIPE, stdout=PIPE
-    )
+    process = await create_subprocess_exec(*python(), "-m", "server.hub", stdin=PIPE, stdout=PIPE)
     assert process.stdin is not None and process.stdout is not None
     try:
         process.stdin.write(settings.keyless.model_dump_json().encode() + b"\n")  # and stays open

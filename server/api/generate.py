@@ -36,7 +36,7 @@ class Prompt:
     and where messages end.
 
     With `base`, the key of a state, the ids follow its first `before` tokens; its last `drop` ones
-    are replaced.
+    are replaced. `field` is what the request calls it.
     """
 
     tokens: array[int]
@@ -47,6 +47,7 @@ class Prompt:
     drop: int = 0
     rest: Pieces | None = None  # what is not yet ids
     ends: Ends | None = None  # finds where messages end in it
+    field: str = "prompt"
 
     def __len__(self) -> int:
         return self.before + len(self.tokens)
@@ -68,7 +69,12 @@ class Prompt:
 
 
 async def begun(
-    service: Service, pieces: Pieces, text: str | None = None, *, ends: Ends | None = None
+    service: Service,
+    pieces: Pieces,
+    text: str | None = None,
+    *,
+    ends: Ends | None = None,
+    field: str = "prompt",
 ) -> Prompt:
     """A prompt whose first piece is known. ContextLengthError when its bytes say beforehand that
     it cannot fit."""
@@ -77,11 +83,12 @@ async def begun(
         raise ContextLengthError(
             f"this model's maximum context length is {limit} tokens, and a prompt of "
             f"{pieces.bytes} bytes has at least {-(-pieces.bytes // most)}; shorten the prompt",
-            param="prompt",
+            param=field,
         )
     tokens = await anext(pieces)
     rest = None if pieces.done else pieces
-    return Prompt(tokens, text, ends(tokens) if ends else (), rest=rest, ends=ends)
+    boundaries = ends(tokens) if ends else ()
+    return Prompt(tokens, text, boundaries, rest=rest, ends=ends, field=field)
 
 
 class Generation:
@@ -211,9 +218,14 @@ async def start(
             copies = streams[number * options.n : (number + 1) * options.n]
             await _feed(service, prompt, copies, options)
         service.check()
-    except BaseException:
-        for stream in streams:
+    except BaseException as error:
+        for number, stream in enumerate(streams):
             stream.close()
+            if not isinstance(error, RequestError):  # the client left, or there is no engine
+                prompt = prompts[number // options.n]
+                timeline = Timeline(record.arrived, len(prompt), submitted)
+                reason = "abort" if isinstance(error, asyncio.CancelledError) else "error"
+                service.metrics.end(timeline, reason)
         raise
     finally:
         for prompt in prompts:
@@ -337,7 +349,7 @@ def _check_length(service: Service, prompt: Prompt, options: Options) -> None:
     capacity = service.capacity
     size, limit = len(prompt), capacity.max_model_len
     if not len(prompt.tokens):
-        raise RequestError("the prompt must have at least 1 token, got 0", param="prompt")
+        raise RequestError("the prompt must have at least 1 token, got 0", param=prompt.field)
     wish = options.max_tokens or 1
     if limit is not None and size + wish > limit:
         least = "at least " if prompt.rest is not None else ""
@@ -351,7 +363,7 @@ def _check_length(service: Service, prompt: Prompt, options: Options) -> None:
         raise ContextLengthError(
             f"this model's maximum context length is {limit} tokens{why}, and {asked} were "
             "requested; shorten the prompt or max_tokens",
-            param="max_tokens" if size < limit else "prompt",
+            param="max_tokens" if size < limit else prompt.field,
         )
     bound = options.max_tokens or service.settings.default_max_tokens
     if limit is not None:

@@ -1,4 +1,4 @@
-"""The engine process: started with the settings on its stdin, ended by signals."""
+"""Processes of the server: the engine's is started with settings on its stdin, ended by signals."""
 
 from __future__ import annotations
 
@@ -20,9 +20,16 @@ log = logging.getLogger(__name__)
 TERM_SECONDS = 5.0  # how long the engine may take to obey SIGTERM
 
 
+def python() -> list[str]:
+    """This interpreter for a process of the server. It imports nothing out of the directory where
+    the server was started, unless the server itself lies there."""
+    at_home = Path(__file__).resolve().parents[2] == Path.cwd()
+    return [sys.executable] if at_home else [sys.executable, "-P"]
+
+
 async def launch(settings: Settings, directory: Path, command: list[str] | None = None) -> Process:
     """Start the engine process, whose sockets will lie in the directory."""
-    command = command or [sys.executable, "-m", "server.engine"]
+    command = command or [*python(), "-m", "server.engine"]
     process = await asyncio.create_subprocess_exec(
         *command, "--directory", str(directory), stdin=PIPE
     )

@@ -44,7 +44,8 @@ class ContextBody(TemplateBody):
     @model_validator(mode="after")
     def _either(self) -> Self:
         if (self.text is None) == (self.messages is None):
-            raise ValueError("text or messages is needed, exactly one of them")
+            given = "neither" if self.text is None else "both"
+            raise ValueError(f"text or messages is needed, exactly one of them, got {given}")
         if self.text is not None:
             for name in ("tools", "reasoning_effort", "chat_template_kwargs"):
                 if getattr(self, name):

@@ -114,7 +114,9 @@ class GenerationBody(Body):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is only allowed with stream = true")
+            raise ValueError(
+                "stream_options is only allowed with stream = true, got stream = false"
+            )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens must not exceed max_tokens = {self.max_tokens}, got {self.min_tokens}"
@@ -276,7 +278,10 @@ class ChatBody(GenerationBody, TemplateBody):
     @model_validator(mode="after")
     def _chat_agrees(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs is only allowed with logprobs = true")
+            raise ValueError(
+                f"top_logprobs is only allowed with logprobs = true, got {self.top_logprobs} "
+                "with logprobs = false"
+            )
         bound = self.max_completion_tokens
         if bound is not None and self.min_tokens > bound:
             raise ValueError(
@@ -315,7 +320,10 @@ class CompletionBody(GenerationBody):
     @model_validator(mode="after")
     def _completion_agrees(self) -> Self:
         if self.echo and self.logprobs is not None:
-            raise ValueError("echo together with logprobs is not supported by this server")
+            raise ValueError(
+                "echo together with logprobs is not supported by this server, "
+                f"got logprobs = {self.logprobs}"
+            )
         return self
 
 
@@ -332,7 +340,8 @@ class TokenizeBody(TemplateBody):
     @model_validator(mode="after")
     def _either(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("exactly one of prompt and messages is needed")
+            given = "neither" if self.prompt is None else "both"
+            raise ValueError(f"prompt or messages is needed, exactly one of them, got {given}")
         return self
 
 

@@ -90,7 +90,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> Marked:
         """Raises RequestError when there is no template, when it refuses the messages, or when it
-        would pass over tools, their calls or a reasoning effort."""
+        would pass over tools, their calls or arguments of its own."""
         if not self._source:
             raise RequestError("the model has no chat template; use /v1/completions")
         for name in kwargs:
@@ -143,15 +143,16 @@ class ChatTemplate:
     ) -> None:
         """Raise RequestError for what the template does not read."""
         source = self._tools_source if tools else self._source
-        given = {
-            "tools": ("tools", bool(tools)),
-            "tool_calls": ("messages", any("tool_calls" in message for message in messages)),
-            "reasoning_effort": ("reasoning_effort", "reasoning_effort" in kwargs),
-        }
-        for name, (param, is_given) in given.items():
-            if is_given and not re.search(rf"\b{name}\b", source):
+        given = [("tools", "tools")] if tools else []
+        if any("tool_calls" in message for message in messages):
+            given.append(("tool_calls", "messages"))
+        for name in kwargs:
+            is_effort = name == "reasoning_effort"  # which has a field of its own
+            given.append((name, name if is_effort else "chat_template_kwargs"))
+        for name, param in given:
+            if not re.search(rf"\b{re.escape(name)}\b", source):
                 raise RequestError(
-                    f"{param}: the model's chat template knows no {name}",
+                    f"{param}: the model's chat template knows no {name[:100]}",
                     param=param,
                     code="unsupported_parameter",
                 )

@@ -14,7 +14,6 @@ import os
 import shutil
 import signal
 import socket
-import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 import msgspec
 
 from server.api.fetch import fetch
-from server.api.launch import end, launch, new_directory
+from server.api.launch import end, launch, new_directory, python
 from server.api.ledger import Ledger
 from server.engine.line import LEDGER, METRICS
 from server.logs import log
@@ -83,7 +82,7 @@ class Supervisor:
     async def _start(self, number: int, listener: socket.socket, url: str) -> Process:
         descriptor = listener.fileno()
         worker = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "server.api", "--directory", str(self._directory)),
+            *(*python(), "-m", "server.api", "--directory", str(self._directory)),
             *("--worker", str(number), "--listener", str(descriptor), "--url", url),
             stdin=PIPE,
             pass_fds=(descriptor,),

@@ -44,8 +44,8 @@ def run_engine(directory: Path, load: Callable[[Settings], LoadedRunner]) -> int
         gc.freeze()  # what was loaded stays: never walk it again
         loop.run(lambda: os.getppid() == parent)
         line.remove()  # the parent is gone, and with it whoever would tidy up
-    except Exception:
-        log.exception("the engine failed")
+    except Exception as error:
+        log.exception("the engine failed: %s", error)
         return 1
     finally:
         line.close()

@@ -115,10 +115,18 @@ def test_grafana_finds_its_source_and_its_dashboard() -> None:
     )
 
 
-def test_compose_passes_on_settings_that_exist() -> None:
+def test_compose_passes_on_settings_that_exist_and_all_that_make_sense() -> None:
+    senseless = {
+        "API_KEY_FILE",
+        "DEVICE",
+        "HUB_CACHE",
+        "HUB_OFFLINE",
+        "HUB_TOKEN",
+    }  # as flag or HF_*
     for name in ("server", "server-cpu"):
         given = compose()["services"][name]["environment"]
         assert given.keys() - HUB <= VARIABLES
+        assert VARIABLES - given.keys() == {f"STEADYSTATE_{field}" for field in senseless}
         assert given["STEADYSTATE_PORT"] == "8000"  # whatever the host publishes it as
     container = compose()["services"]["server"]
     drain = Settings(drain_seconds=container["environment"]["STEADYSTATE_DRAIN_SECONDS"])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from server.api.metrics import FIRST_TOKEN_SECONDS, STATES
-from tests.server.api.live import Live, eventually
+from tests.server.api.live import Live, eventually, in_thread
 
 HISTOGRAMS = (
     "time_to_first_token_seconds",
@@ -64,6 +65,15 @@ def test_known_work_is_counted(echo: Live) -> None:
     assert grew("inter_token_latency_seconds_count") == generated - ends
     eventually(lambda: grew("iteration_tokens_total_sum") >= 12 * (7 + 20 + 7))
     assert grew('num_preemptions_total{reason="blocks"}') == 0
+
+
+def test_an_engine_that_dies_is_an_error_of_its_requests(checkpoint: Path) -> None:
+    with in_thread(checkpoint, "--crash-after", "40", "--step-seconds", "0.01") as live:
+        body = {"max_tokens": 100_000, "ignore_eos": True}
+        assert live.complete("a", **body, n=2).status_code == 503
+        metrics = live.metrics()
+    assert metrics['request_success_total{finished_reason="error"}'] == 2
+    assert metrics['request_success_total{finished_reason="abort"}'] == 0
 
 
 def test_gauges(slow: Live) -> None:

@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from server import __version__
+from server.api.launch import python
 from server.api.service import Service
 from server.cli import main
 from server.cli.flags import settings_of
@@ -128,8 +129,25 @@ def test_an_engine_that_cannot_load(launch: Launch) -> None:
     assert process.wait() == 1
     lines = [json.loads(line) for line in process.log]
     assert any(line["level"] == "critical" for line in lines)
-    (failure,) = [line for line in lines if line["message"] == "the engine failed"]
-    assert "tensors are missing" in failure["exception"]
+    (failure,) = [line for line in lines if line["message"].startswith("the engine failed: ")]
+    assert "tensors are missing" in failure["message"] and "Traceback" in failure["exception"]
+
+
+@pytest.mark.parametrize("module", ["server.engine", "server.api", "server.hub"])
+def test_the_working_directory_is_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    """Whatever lies where a user starts the server: a queue.py, say, or a folder named model."""
+    for name in ("queue.py", "server.py", "model.py"):
+        (tmp_path / name).write_text("raise SystemExit('not mine')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    done = subprocess.run(
+        [*python(), "-c", f"import {module}, model.chunk, queue"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(ROOT)
+    assert python() == [sys.executable]
 
 
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:

@@ -91,6 +91,17 @@ def test_the_engine_reads_while_the_rest_is_text(live: Live, gate: Gate, stream:
         assert response.json()["usage"]["prompt_tokens"] == len(LONG)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_before_all_is_ids_is_counted(live: Live, gate: Gate, stream: bool) -> None:
+    live.wait_idle()
+    aborted = 'request_success_total{finished_reason="abort"}'
+    before = live.metrics()[aborted]
+    with posted(live, "/v1/completions", {"prompt": LONG, "n": 2, "stream": stream}):
+        eventually(lambda: live.service.client.stats.slots_used == 2)
+    live.wait_idle()
+    eventually(lambda: live.metrics()[aborted] == before + 2)
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_too_long_is_found_on_the_way(live: Live, gate: Gate, n: int) -> None:
     live.wait_idle()
@@ -118,6 +129,7 @@ def test_the_hopeless_is_refused_before_any_work(live: Live, gate: Gate) -> None
     assert f"{len(text)} bytes has at least 200001" in error["message"] and not gate.encoded
     chat = live.chat(text)
     assert chat.status_code == 400 and "at least 200003" in chat.json()["error"]["message"]
+    assert (error["param"], chat.json()["error"]["param"]) == ("prompt", "messages")
 
 
 @pytest.mark.parametrize("stream", [False, True])

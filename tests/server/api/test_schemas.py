@@ -9,6 +9,7 @@ import pytest
 
 from server.api.body import UNSUPPORTED, Body
 from server.api.limits import MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PARTS
+from server.api.reading import ContextBody
 from server.api.schemas import ChatBody, CompletionBody, TokenizeBody
 from server.errors import RequestError
 
@@ -202,9 +203,45 @@ def test_what_is_no_json_object_with_finite_numbers_is_refused(
     ],
 )
 def test_fields_that_contradict_each_other(fields: dict[str, Any], named: str) -> None:
-    with pytest.raises(RequestError) as caught:
+    with pytest.raises(RequestError, match=", got ") as caught:
         completion(**fields)
     assert caught.value.param == named
+
+
+@pytest.mark.parametrize("body", [TokenizeBody, ContextBody])
+@pytest.mark.parametrize("given", ["neither", "both"])
+def test_a_text_or_messages(body: type[Body], given: str) -> None:
+    name = "prompt" if body is TokenizeBody else "text"
+    fields = {name: "a", "messages": MESSAGES} if given == "both" else {}
+    with pytest.raises(RequestError, match=f", got {given}$") as caught:
+        body.parse(json.dumps(fields).encode())
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"messages": []}, "messages: at least 1 items, got 0"),
+        ({"messages": [1]}, "messages[0]: must be an object, got 1"),
+        ({"stop_token_ids": [0] * 257}, "stop_token_ids: at most 256 items, got 257"),
+        ({"metadata": {str(n): "" for n in range(17)}}, "metadata: at most 16 items, got 17"),
+        ({"user": "x" * 1025}, "user: at most 1024 characters, got 1025"),
+        ({"cache_salt": ""}, "cache_salt: at least 1 characters, got 0"),
+        ({"stream_options": "x"}, 'stream_options: must be an object, got "x"'),
+        (
+            {"response_format": {"type": "text", "x": 1}},
+            "response_format.x: unknown parameter, got 1",
+        ),
+        (
+            {"top_logprobs": 3},
+            "top_logprobs is only allowed with logprobs = true, got 3 with logprobs = false",
+        ),
+    ],
+)
+def test_limits_are_told_with_what_was_given(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        chat(**fields)
+    assert caught.value.message == said
 
 
 def test_messages_and_parts_are_bounded() -> None:

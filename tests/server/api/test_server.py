@@ -145,6 +145,7 @@ def test_prompts_beyond_the_models_length(guarded: Live) -> None:
         error = response.json()["error"]
         assert response.status_code == 400 and error["code"] == "context_length_exceeded"
         assert all(number in error["message"] for number in ("64", str(len(prompt)), str(bound)))
+    assert guarded.chat("x" * 100).json()["error"]["param"] == "messages"
     body = guarded.chat("x" * 40).json()  # no bound named: what is left
     assert body["choices"][0]["finish_reason"] == "length"
     assert body["usage"]["total_tokens"] == 64

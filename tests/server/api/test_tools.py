@@ -226,6 +226,11 @@ def test_what_the_template_would_pass_over_is_refused(echo: Live) -> None:
     with pytest.raises(openai.BadRequestError, match="knows no tool_calls") as caught:
         echo.openai.chat.completions.create(model="org/tiny", messages=messages, stream=True)
     assert caught.value.param == "messages"
+    for name in ("enable_thinking", "no|such.*thing", "x" * 10_000):
+        refused = echo.chat("a", chat_template_kwargs={name: True})
+        error = refused.json()["error"]
+        assert refused.status_code == 400 and error["param"] == "chat_template_kwargs"
+        assert f"knows no {name[:100]}" in error["message"] and len(error["message"]) < 300
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}])
