@@ -11,11 +11,10 @@ from __future__ import annotations
 import torch
 
 from kernels.grouped_gemm import most_tiles, rows_of
+from kernels.join import join
 from kernels.language import dot_precision, jit, next_power_of_2, tl
 from kernels.quantize import Quantized, Weight
 from kernels.tuning import ProductTuning
-
-BLOCK = 1024
 
 
 @jit
@@ -78,19 +77,6 @@ def _product_kernel(
     tl.store(p_y, b_y.to(y_ptr.dtype.element_ty), mask=m_m[:, None] & m_n)
 
 
-@jit
-def _join_kernel(z_ptr, weights_ptr, y_ptr, D, K: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK elements of one y_t."""
-    i_t = tl.program_id(0).to(tl.int64)
-    o_d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    m_d = o_d < D
-    b_y = tl.zeros((BLOCK,), tl.float32)
-    for k in tl.static_range(K):
-        b_z = tl.load(z_ptr + (i_t * K + k) * D + o_d, mask=m_d, other=0.0)
-        b_y += b_z.to(tl.float32) * tl.load(weights_ptr + i_t * K + k)
-    tl.store(y_ptr + i_t * D + o_d, b_y.to(y_ptr.dtype.element_ty), mask=m_d)
-
-
 def _product(
     x: torch.Tensor,
     w: Weight,
@@ -150,8 +136,4 @@ def down(
     """h [T K, D], w [E, N, D], as they are or int8, weights [T, K] float32 -> y [T, N]."""
     assert weights.is_contiguous() and weights.numel() == len(h)
     z = _product(h, w, order, ends, tuning, False)
-    (T, K), N = weights.shape, z.shape[1]
-    y = torch.empty(T, N, dtype=h.dtype, device=h.device)
-    size = min(BLOCK, next_power_of_2(N))
-    _join_kernel[(T, -(-N // size))](z, weights, y, N, K=K, BLOCK=size)
-    return y
+    return join(z, weights)

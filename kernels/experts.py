@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from kernels import expert_rows, expert_tiles
 from kernels.gated import silu_mul
 from kernels.grouped_gemm import grouped_gemm
+from kernels.join import join
 from kernels.linear import activations, linear
 from kernels.quantize import Quantized, Weight
 from kernels.sorting import by_expert, sort_by_expert
@@ -92,7 +93,7 @@ def grouped_moe(
     gated = silu_mul(*both.chunk(2, dim=1))
     y = _product(activations(gated, down), down, ends, x.dtype)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(T * K, device=x.device))
-    return (y[place].view(T, K, x.shape[1]).float() * weights[:, :, None]).sum(1).to(x.dtype)
+    return join(y, weights.contiguous(), place)
 
 
 def fused_moe(

@@ -8,6 +8,7 @@ import torch
 MODULES = (
     "gated",
     "grouped_gemm",
+    "join",
     "lightning_decode",
     "lightning_prefill",
     "lrpe",
