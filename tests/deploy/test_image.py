@@ -227,7 +227,7 @@ def test_it_serves_and_drains(container: Container) -> None:
     assert container.healthy()
 
     tini = container.pid("tini ")
-    engine = container.pid(r"\S*python3? -m server\.engine")
+    engine = container.pid(r"\S*python3?( -P)? -m server\.engine")
     for pid in (tini, engine):
         status = dict(re.findall(r"^(\w+):\s+(.*)$", Path(f"/proc/{pid}/status").read_text(), re.M))
         assert set(status["Uid"].split()) == set(status["Gid"].split()) == {str(USER)}
@@ -272,7 +272,7 @@ def test_it_serves_and_drains(container: Container) -> None:
 
 def test_a_killed_engine_ends_the_container(container: Container) -> None:
     container.wait_ready()
-    os.kill(container.pid(r"\S*python3? -m server\.engine"), signal.SIGKILL)
+    os.kill(container.pid(r"\S*python3?( -P)? -m server\.engine"), signal.SIGKILL)
     assert container.process.wait(15) == 1
 
 
