@@ -94,7 +94,8 @@ class Admission:
 
     def leaving(self, request: Request, found: Checkpoint | None) -> list[Request]:
         """Who must leave so that one fits for whom checkpoints could not make room: of those that
-        are less urgent the least urgent, youngest first. Empty: it does not fit even so."""
+        are less urgent the least urgent, youngest first. Who ends anyway once a step is collected
+        is let end. Empty: it does not fit even so."""
         leaving: list[Request] = []
         slots, blocks = self.holdings.slots, self.holdings.blocks
         need, free = self._need(request, found), blocks.free
@@ -104,7 +105,7 @@ class Admission:
             if other.rank[0] <= request.rank[0]:
                 break
             size = self._saved_bytes(other)
-            if size > room:
+            if size > room or other.ending:
                 continue
             room -= size
             leaving.append(other)

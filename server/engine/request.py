@@ -79,10 +79,16 @@ class Request:
     @property
     def remaining(self) -> int:
         """Tokens that can be computed."""
-        length = len(self.tokens) + self.drawing
-        if self.drawing and length >= self.length_limit:
-            return 0  # the one that is being drawn is the last
-        return length - self.computed - self.more
+        if self.ending:
+            return 0
+        return len(self.tokens) + self.drawing - self.computed - self.more
+
+    @property
+    def ending(self) -> bool:
+        """Whether a step under way is its last, whatever that draws."""
+        if self.reading:
+            return self.computed == len(self.tokens)
+        return self.drawing > 0 and len(self.tokens) + self.drawing >= self.length_limit
 
     @property
     def generated(self) -> int:

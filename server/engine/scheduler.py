@@ -309,8 +309,8 @@ class Scheduler:
                 continue  # preempted by one before it in this step
             while (count := self._reach(request, budget)) == 0:
                 last = self.running.order[-1]
-                if last is request:
-                    break  # keeps its place until one before it needs it
+                if last is request or last.ending:
+                    break  # keeps its place until one before it needs it, or the last has ended
                 budget += packed.pop(last.id, 0)
                 self._preempt(last, "blocks")
             if count:
