@@ -91,8 +91,12 @@ class Patience:
         if disk is None:
             return False
         least = LEAST if found is None else found.position + LEAST
+        sought = disk.shelf.changes, request.most_cached, least
+        if request.sought == sought:
+            return False
         entry = disk.shelf.find(chain_of(request), request.most_cached, least)
         if entry is None or entry.key in request.tried:
+            request.sought = sought
             return False
         request.fetches = entry.key
         request.tried.add(entry.key)

@@ -66,7 +66,9 @@ class Request:
     outlook: Outlook | None = None  # what more of it may lead to on the disk
     missed: tuple[int, int] | None = None  # where it left what is known: a miss to be explained
     waits: tuple[Request, int] | None = None  # for another to have kept a position
+    asleep: bool = False  # until what it waits for is there, or will not come
     fetches: str = ""  # the key of a state that is on its way from the disk
+    sought: tuple[int, int, int] | None = None  # where on the disk nothing was found to wait for
     tried: set[str] = field(default_factory=set)  # keys of those that it has waited for
     ahead: str = ""  # of one that was brought from the disk before it was certain to be needed
     refused: list[Entry] = field(default_factory=list)  # states that were not good

@@ -251,8 +251,6 @@ class Scheduler:
                 break
             found = None
             if request.id in self.waiting:
-                if self.admission.waits(request):
-                    continue
                 found = self.checkpoints.find(request) if self.checkpoints else None
                 if self.admission.defer(request, found, readers):
                     continue

@@ -302,6 +302,32 @@ def test_the_urgency_of_one_that_leaves_is_taken_back():
     bench.finish()
 
 
+def test_those_who_wait_for_one_are_not_asked_until_it_is_there(monkeypatch: pytest.MonkeyPatch):
+    bench = Bench(slots=2, caching=True, host_bytes=10_000, max_step_tokens=50)
+    patience, asked = bench.scheduler.admission.patience, []
+    worth = patience.worth
+    monkeypatch.setattr(
+        patience, "worth", lambda request, *of: asked.append(request.id) or worth(request, *of)
+    )
+    document = words(300, 1)
+    start(bench, generate("reader", [*document, 1], 3, priority=9))
+    copies = [generate(f"copy {n}", [*document, 2, n], 3, priority=n) for n in range(30)]
+    start(bench, *copies)
+    bench.abort("copy 0", "copy 7")
+    assert asked == ["reader", *(copy.id for copy in copies)]
+    ranks = []
+    while "reader" in bench.scheduler.running and bench.scheduler.running["reader"].computed < 300:
+        ranks.append(bench.scheduler.running["reader"].rank[0])
+        bench.step()
+    assert ranks[0] == 0 and set(ranks[1:]) == {1}  # as urgent as the first who is still there
+    assert len(asked) == 31
+    bench.finish()
+    for copy in copies:
+        if copy.id not in ("copy 0", "copy 7"):
+            assert bench.result(copy.id) == alone(copy)
+            assert bench.outputs[copy.id][-1].cached >= 300
+
+
 def test_copies_of_an_urgent_prompt_drive_out_as_many_as_they_are():
     bench = Bench(slots=4, caching=True, host_bytes=10_000)
     low = [generate(f"low {n}", words(40, n), 40, priority=5) for n in range(4)]
