@@ -328,6 +328,24 @@ def test_those_who_wait_for_one_are_not_asked_until_it_is_there(monkeypatch: pyt
             assert bench.outputs[copy.id][-1].cached >= 300
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_one_does_not_pause_for_each_of_many_that_part_from_it(order: int):
+    bench = Bench(slots=4, caching=True, host_bytes=10_000_000, max_step_tokens=512)
+    document = words(1500, 1)
+    start(bench, generate("reader", document, 3))
+    others = [generate(f"{n}", [*document[: 700 + n], 96, 96], 2) for n in range(300)][::order]
+    bench.add(*others)
+    steps = 0
+    while bench.finish_of("reader") is None:
+        bench.step()
+        steps += 1
+    assert steps < 50
+    bench.finish()
+    for other in others:
+        assert bench.result(other.id) == alone(other)
+        assert bench.outputs[other.id][-1].cached > len(other.tokens) // 4 - 40
+
+
 def test_copies_of_an_urgent_prompt_drive_out_as_many_as_they_are():
     bench = Bench(slots=4, caching=True, host_bytes=10_000)
     low = [generate(f"low {n}", words(40, n), 40, priority=5) for n in range(4)]
