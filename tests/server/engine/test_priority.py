@@ -398,7 +398,7 @@ def test_a_reading_whose_last_step_is_under_way_is_let_end():
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_reading_is_kept_whenever_blocks_run_out(overlap: bool):
     preempted = 0
-    for known in range(20, 60):
+    for known in range(20, 60, 3):
         bench = Bench(
             slots=5, blocks=60, block_size=4, caching=True, overlap=overlap, host_bytes=100_000,
             max_step_tokens=20,
