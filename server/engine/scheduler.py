@@ -34,7 +34,8 @@ class Scheduler:
     The last of those who run leaves when blocks run out, whoever needs them. To let one in that has
     no slot or blocks only less urgent ones leave, the last first, and while the host has room. Of
     one urgency the preempted come in before those who wait. Nobody comes in before anyone more
-    urgent, unless that one waits for a checkpoint, and nobody leaves and comes in in one step.
+    urgent, unless that one waits for a checkpoint, and nobody leaves and comes in in one step. Who
+    ends once the step under way is collected is let end: what it leaves behind lies in its slot.
     """
 
     REASONS = ("blocks", "priority")  # of preemptions
