@@ -3,7 +3,6 @@ begins with at hand."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 
 from server.engine.checkpoints import Checkpoints
@@ -36,6 +35,7 @@ class Admission:
         self.swapped = swapped
         self.swap_bytes = swap_bytes
         self._lent = False  # whether anyone has the urgency of another
+        self._asleep: dict[tuple[Request, int] | str, list[Request]] = {}  # by what they wait for
 
     @property
     def swapped_bytes(self) -> int:
@@ -43,16 +43,21 @@ class Admission:
         return sum(self._saved_bytes(request) for request in self.swapped.order)
 
     def candidates(self) -> Iterator[Request]:
-        """Who would come in, in order: the more urgent, then the preempted, then the older."""
+        """Who would come in, in order: the more urgent, then the preempted, then the older; but for
+        those who wait for something that is still on its way."""
+        self._wake()
         self._take_back()
-        swapped, waiting = self.swapped.order.copy(), deque(self.waiting.order)
-        while swapped or waiting:
+        swapped = self.swapped.order.copy()
+        waiting = (request for request in self.waiting.order.copy() if not request.asleep)
+        next_one = next(waiting, None)
+        while swapped or next_one is not None:
             first = min(swapped, key=RANK, default=None)  # may have become more urgent meanwhile
-            if first is not None and not (waiting and waiting[0].rank[0] < first.rank[0]):
+            if first is not None and (next_one is None or first.rank[0] <= next_one.rank[0]):
                 swapped.remove(first)
                 yield first
-            else:
-                yield waiting.popleft()
+            elif next_one is not None:
+                yield next_one
+                next_one = next(waiting, None)
 
     def slot(self, request: Request) -> bool:
         """Whether a slot is free, or may become free of a checkpoint or a less urgent request."""
@@ -62,24 +67,17 @@ class Admission:
             or (bool(self.running) and self.running.order[-1].rank[0] > request.rank[0])
         )
 
-    def waits(self, request: Request) -> bool:
-        """Whether what this one waits for is still on its way: a state from the disk, or another
-        request to the position where they part."""
-        if request.fetches:
-            return True
-        if request.waits is not None:
-            reader, position = request.waits
-            if reader.finish is None and position in reader.wanted:
-                return True
-            request.waits = None
-        return False
-
     def defer(self, request: Request, found: Checkpoint | None, readers: Iterable[Request]) -> bool:
         """Let a request wait when what it begins with lies on the disk, or is being read, or when
         more of its prompt may tell of more to begin with. Who reads it is as urgent meanwhile."""
         if self.patience is None or not self.patience.worth(request, found, readers):
             return False
-        self._lend(request)
+        awaited = request.fetches or request.waits
+        if awaited:
+            request.asleep = True
+            self._asleep.setdefault(awaited, []).append(request)
+        if request.waits is not None:
+            self._lend(request.waits[0], request.rank[0])
         return True
 
     def fits(self, request: Request, found: Checkpoint | None) -> bool:
@@ -94,7 +92,8 @@ class Admission:
 
     def leaving(self, request: Request, found: Checkpoint | None) -> list[Request]:
         """Who must leave so that one fits for whom checkpoints could not make room: of those that
-        are less urgent the least urgent, youngest first. Empty: it does not fit even so."""
+        are less urgent the least urgent, youngest first. Who ends anyway once a step is collected
+        is let end. Empty: it does not fit even so."""
         leaving: list[Request] = []
         slots, blocks = self.holdings.slots, self.holdings.blocks
         need, free = self._need(request, found), blocks.free
@@ -104,7 +103,7 @@ class Admission:
             if other.rank[0] <= request.rank[0]:
                 break
             size = self._saved_bytes(other)
-            if size > room:
+            if size > room or other.ending:
                 continue
             room -= size
             leaving.append(other)
@@ -119,10 +118,21 @@ class Admission:
         """Clear the device of one checkpoint; False: there is none."""
         return self.checkpoints is not None and self.checkpoints.evict()
 
-    def _lend(self, request: Request) -> None:
-        if request.waits is None:
-            return
-        reader, urgency = request.waits[0], request.rank[0]
+    def _wake(self) -> None:
+        """Let those try again for whom what they wait for is there, or will not come: a state from
+        the disk, or another request at the position where they part."""
+        for awaited, requests in list(self._asleep.items()):
+            if isinstance(awaited, str):
+                waits = requests[0].fetches == awaited
+            else:
+                reader, position = awaited
+                waits = reader.finish is None and position in reader.wanted
+            if not waits:
+                del self._asleep[awaited]
+                for request in requests:
+                    request.asleep, request.waits = False, None
+
+    def _lend(self, reader: Request, urgency: int) -> None:
         if urgency < reader.rank[0]:
             queue = self.running if reader.id in self.running else self.swapped
             queue.rerank(reader, urgency)
@@ -137,9 +147,10 @@ class Admission:
             for reader in queue.order.copy():
                 if reader.rank[0] != reader.priority:
                     queue.rerank(reader, reader.priority)
-        for request in self.waiting.order:
-            if self.waits(request):
-                self._lend(request)
+        for awaited, requests in self._asleep.items():
+            if not isinstance(awaited, str):
+                urgencies = (r.rank[0] for r in requests if r.finish is None)
+                self._lend(awaited[0], min(urgencies, default=awaited[0].rank[0]))
 
     def _need(self, request: Request, found: Checkpoint | None) -> int:
         """Blocks that it takes, and that those who run may still take beside it."""

@@ -173,6 +173,7 @@ class Loop:
                 )  # fmt: skip
         outputs = [] if before is None else self._collect(*before)
         if failed:
+            self._collected = None  # what the lost step took is no other's time
             trouble = "the step of this request ran out of device memory"
             return outputs + self.scheduler.fail(work, trouble)
         if self._under_way is not None and not self.runner.overlaps:

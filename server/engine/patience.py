@@ -91,8 +91,12 @@ class Patience:
         if disk is None:
             return False
         least = LEAST if found is None else found.position + LEAST
+        sought = disk.shelf.changes, request.most_cached, least
+        if request.sought == sought:
+            return False
         entry = disk.shelf.find(chain_of(request), request.most_cached, least)
         if entry is None or entry.key in request.tried:
+            request.sought = sought
             return False
         request.fetches = entry.key
         request.tried.add(entry.key)
@@ -116,7 +120,7 @@ class Patience:
     ) -> tuple[Request, int] | None:
         """Who is reading what this request begins with, and where they part; that is worth waiting
         for, and marked to be kept."""
-        best = 0 if found is None else found.position
+        begin = best = 0 if found is None else found.position
         choice: tuple[Request, int] | None = None
         most = request.most_cached
         for reader in readers:
@@ -128,6 +132,18 @@ class Patience:
                 best, choice = at, (reader, at)
         if choice is not None:
             reader, at = choice
+            at = _pause(reader, at, max(begin + LEAST, reader.computed + 1))
             if at not in reader.wanted:
                 reader.wanted = sorted([*reader.wanted, at])
+            choice = reader, at
         return choice
+
+
+def _pause(reader: Request, at: int, least: int) -> int:
+    """Where a reader pauses for one that parts from it there: not for each of many that part one
+    after another, or it would read on by single tokens."""
+    near = [other for other in reader.wanted if abs(other - at) < LEAST]
+    if len(near) < 2 or at in near:
+        return at
+    before = max((other for other in near if other < at), default=at - at % LEAST)
+    return before if before >= least else at

@@ -66,7 +66,9 @@ class Request:
     outlook: Outlook | None = None  # what more of it may lead to on the disk
     missed: tuple[int, int] | None = None  # where it left what is known: a miss to be explained
     waits: tuple[Request, int] | None = None  # for another to have kept a position
+    asleep: bool = False  # until what it waits for is there, or will not come
     fetches: str = ""  # the key of a state that is on its way from the disk
+    sought: tuple[int, int, int] | None = None  # where on the disk nothing was found to wait for
     tried: set[str] = field(default_factory=set)  # keys of those that it has waited for
     ahead: str = ""  # of one that was brought from the disk before it was certain to be needed
     refused: list[Entry] = field(default_factory=list)  # states that were not good
@@ -79,10 +81,16 @@ class Request:
     @property
     def remaining(self) -> int:
         """Tokens that can be computed."""
-        length = len(self.tokens) + self.drawing
-        if self.drawing and length >= self.length_limit:
-            return 0  # the one that is being drawn is the last
-        return length - self.computed - self.more
+        if self.ending:
+            return 0
+        return len(self.tokens) + self.drawing - self.computed - self.more
+
+    @property
+    def ending(self) -> bool:
+        """Whether a step under way is its last, whatever that draws."""
+        if self.reading:
+            return self.computed == len(self.tokens)
+        return self.drawing > 0 and len(self.tokens) + self.drawing >= self.length_limit
 
     @property
     def generated(self) -> int:

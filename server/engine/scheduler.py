@@ -34,7 +34,8 @@ class Scheduler:
     The last of those who run leaves when blocks run out, whoever needs them. To let one in that has
     no slot or blocks only less urgent ones leave, the last first, and while the host has room. Of
     one urgency the preempted come in before those who wait. Nobody comes in before anyone more
-    urgent, unless that one waits for a checkpoint, and nobody leaves and comes in in one step.
+    urgent, unless that one waits for a checkpoint, and nobody leaves and comes in in one step. Who
+    ends once the step under way is collected is let end: what it leaves behind lies in its slot.
     """
 
     REASONS = ("blocks", "priority")  # of preemptions
@@ -251,8 +252,6 @@ class Scheduler:
                 break
             found = None
             if request.id in self.waiting:
-                if self.admission.waits(request):
-                    continue
                 found = self.checkpoints.find(request) if self.checkpoints else None
                 if self.admission.defer(request, found, readers):
                     continue
@@ -309,8 +308,8 @@ class Scheduler:
                 continue  # preempted by one before it in this step
             while (count := self._reach(request, budget)) == 0:
                 last = self.running.order[-1]
-                if last is request:
-                    break  # keeps its place until one before it needs it
+                if last is request or last.ending:
+                    break  # keeps its place until one before it needs it, or the last has ended
                 budget += packed.pop(last.id, 0)
                 self._preempt(last, "blocks")
             if count:

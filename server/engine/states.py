@@ -35,7 +35,7 @@ class States:
         self._arriving: dict[str, Generate | Read] = {}  # whose base is on its way from the disk
         self._securing: dict[str, Request] = {}  # reads whose state is not safe yet
         self._chains: dict[str, Chain] = {}  # of bases that were used last
-        self._exports: list[tuple[Export, Checkpoint, Image]] = []
+        self._exports: list[tuple[Export, Checkpoint, Chain, Image]] = []
 
     def __contains__(self, id: str) -> bool:
         return id in self._arriving or id in self._securing
@@ -119,8 +119,8 @@ class States:
     def copied(self) -> None:
         """The copies were carried out: what they have filled can be written."""
         exports, self._exports = self._exports, []
-        for message, checkpoint, image in exports:
-            self._write(message, checkpoint, image)
+        for export in exports:
+            self._write(*export)
         if self.checkpoints.disk is not None:
             self.checkpoints.disk.copied()
 
@@ -151,16 +151,13 @@ class States:
         tiers.hold(checkpoint, force=True)
         place = Place(image=image, position=checkpoint.position)
         tiers.copies.append(Copy(tiers.saved(checkpoint), place))
-        self._exports.append((message, checkpoint, image))
+        chain = self.checkpoints.chain(checkpoint)  # it may be given up before the copies are made
+        self._exports.append((message, checkpoint, chain, image))
         self._trim()
 
-    def _write(self, message: Export, checkpoint: Checkpoint, image: Image) -> None:
+    def _write(self, message: Export, checkpoint: Checkpoint, chain: Chain, image: Image) -> None:
         capacity = self.checkpoints.capacity
-        if checkpoint.gone:
-            self._answer(message.id, GONE)
-            return
-        chain, position = self.checkpoints.chain(checkpoint), checkpoint.position
-        metadata = archive.describe(capacity, chain, position, salt=checkpoint.salt)
+        metadata = archive.describe(capacity, chain, checkpoint.position, salt=checkpoint.salt)
         tokens = archive.narrow(chain.tokens, capacity.vocab_size)
 
         def end(future: Future[None]) -> None:

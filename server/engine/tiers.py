@@ -159,8 +159,9 @@ class Tiers:
         return pinned + self.bytes_of(position) <= self.host_budget
 
     def trim(self) -> None:
-        """Come back within the budget of the host, after a pin is gone."""
-        self._host_room(0)
+        """Come back within the budget of the host, after a pin is gone: as far as pins let it."""
+        while self.host_bytes > self.host_budget and (one := next(self._loose(), None)) is not None:
+            self._give_up(one)
 
     def shared(self, checkpoint: Checkpoint | None) -> int:
         """How many KV blocks a request need not take that begins with the checkpoint."""
@@ -209,9 +210,7 @@ class Tiers:
         when they cannot."""
         leaving: list[Checkpoint] = []
         free = self.host_budget - self.host_bytes
-        candidates: Iterator[Checkpoint] = (
-            c for c in self.host if not c.pins and c is not self.spared
-        )
+        candidates = self._loose()
         while free < size:
             checkpoint = next(candidates, None)
             if checkpoint is None:
@@ -219,11 +218,18 @@ class Tiers:
             leaving.append(checkpoint)
             free += self.bytes_of(checkpoint.position)
         for checkpoint in leaving:
-            if self.spill is not None and checkpoint.slot is None:
-                self.spill(checkpoint)
-            self._leave_host(checkpoint)
-            self._account(checkpoint)
+            self._give_up(checkpoint)
         return True
+
+    def _loose(self) -> Iterator[Checkpoint]:
+        """Those that the host may give up, least recently used first."""
+        return (c for c in self.host if not c.pins and c is not self.spared)
+
+    def _give_up(self, checkpoint: Checkpoint) -> None:
+        if self.spill is not None and checkpoint.slot is None:
+            self.spill(checkpoint)
+        self._leave_host(checkpoint)
+        self._account(checkpoint)
 
     def _leave_device(self, checkpoint: Checkpoint) -> None:
         assert checkpoint.slot is not None

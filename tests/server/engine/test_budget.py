@@ -15,7 +15,7 @@ from server.engine.budget import LEAST, Budget
 from server.engine.loop import Loop
 from tests.server.engine.bench import Bench, alone, capacity, counts, generate
 from tests.server.engine.test_loop import Post
-from tests.server.fake_engine import FakeRunner
+from tests.server.fake_engine import OOM, FakeRunner
 
 TARGET = 0.030
 MOST = 8192
@@ -275,3 +275,29 @@ def test_the_loop_times_steps_from_one_to_the_next(overlaps: bool, between: floa
         (10, 0, 4.1), (0, 1, between), (0, 1, between),
         (20, 0, 4.2), (0, 1, between), (0, 1, between),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_the_time_of_a_lost_step_is_no_others(overlaps: bool):
+    """It takes 1000 s until the device says that it has no memory left."""
+
+    class Failing(TimedRunner):
+        def launch(self, chunks):
+            if any(13 in chunk.tokens for chunk in chunks):
+                self.now += 1000
+            return super().launch(chunks)
+
+    post, learned = Post(), []
+    runner = Failing(capacity=capacity(), max_step_tokens=64, overlaps=overlaps, traps={13: OOM})
+    loop = Loop(runner, post, clock=lambda: runner.now, target_seconds=TARGET)
+    loop.scheduler.budget.learn = lambda *step: learned.append(step[2])
+    post.put(generate("a", [1, 2], 4), generate("b", [3], 4))
+    loop.turn()
+    post.put(generate("lost", [13], 4))
+    loop.turn()
+    assert loop.scheduler.idle
+    runner.free = runner.now
+    post.put(generate("c", [1, 2], 4))
+    for _ in range(6):
+        loop.turn()
+    assert len(learned) == 5 and max(learned[-4:]) < 10

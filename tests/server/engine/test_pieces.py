@@ -399,3 +399,23 @@ def test_milestones_tell_where_a_long_sequence_leads(tmp_path: Path) -> None:
         assert not shelf.look(Chain(root, other[:sure])).entries, part
         if part // step * step:
             assert entry in shelf.look(Chain(root, other[: sure - 1])).entries, part
+
+
+def test_the_disk_is_searched_once_for_a_prompt_that_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = caching(slots=4, blocks=60, block_size=4, directory=tmp_path)
+    shelf, searches = bench.scheduler.checkpoints.disk.shelf, []
+    find = shelf.find
+    monkeypatch.setattr(shelf, "find", lambda *of: searches.append(of) or find(*of))
+    runs = generate("runs", words(100, 1), 60)
+    bench.add(runs)
+    bench.step()
+    waits = generate("waits", words(150, 2), 3)
+    bench.add(waits)
+    searches.clear()
+    for _ in range(20):
+        bench.step()
+    assert "waits" in bench.scheduler.waiting and len(searches) == 1
+    bench.finish()
+    assert bench.result("runs") == alone(runs) and bench.result("waits") == alone(waits)

@@ -132,7 +132,7 @@ def test_whenever_it_is_driven_out_it_goes_on_as_if_it_were_not(overlap: bool):
             bench.step()
         bench.add(high)
         check(bench, low, high)
-        assert bench.scheduler.preemptions["priority"] == (steps < 12 + overlap)
+        assert bench.scheduler.preemptions["priority"] == (steps < 12)  # then it ends by itself
 
 
 def test_one_that_reads_its_prompt_goes_on_where_it_was():
@@ -302,6 +302,50 @@ def test_the_urgency_of_one_that_leaves_is_taken_back():
     bench.finish()
 
 
+def test_those_who_wait_for_one_are_not_asked_until_it_is_there(monkeypatch: pytest.MonkeyPatch):
+    bench = Bench(slots=2, caching=True, host_bytes=10_000, max_step_tokens=50)
+    patience, asked = bench.scheduler.admission.patience, []
+    worth = patience.worth
+    monkeypatch.setattr(
+        patience, "worth", lambda request, *of: asked.append(request.id) or worth(request, *of)
+    )
+    document = words(300, 1)
+    start(bench, generate("reader", [*document, 1], 3, priority=9))
+    copies = [generate(f"copy {n}", [*document, 2, n], 3, priority=n) for n in range(30)]
+    start(bench, *copies)
+    bench.abort("copy 0", "copy 7")
+    assert asked == ["reader", *(copy.id for copy in copies)]
+    ranks = []
+    while "reader" in bench.scheduler.running and bench.scheduler.running["reader"].computed < 300:
+        ranks.append(bench.scheduler.running["reader"].rank[0])
+        bench.step()
+    assert ranks[0] == 0 and set(ranks[1:]) == {1}  # as urgent as the first who is still there
+    assert len(asked) == 31
+    bench.finish()
+    for copy in copies:
+        if copy.id not in ("copy 0", "copy 7"):
+            assert bench.result(copy.id) == alone(copy)
+            assert bench.outputs[copy.id][-1].cached >= 300
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_one_does_not_pause_for_each_of_many_that_part_from_it(order: int):
+    bench = Bench(slots=4, caching=True, host_bytes=10_000_000, max_step_tokens=512)
+    document = words(1500, 1)
+    start(bench, generate("reader", document, 3))
+    others = [generate(f"{n}", [*document[: 700 + n], 96, 96], 2) for n in range(300)][::order]
+    bench.add(*others)
+    steps = 0
+    while bench.finish_of("reader") is None:
+        bench.step()
+        steps += 1
+    assert steps < 50
+    bench.finish()
+    for other in others:
+        assert bench.result(other.id) == alone(other)
+        assert bench.outputs[other.id][-1].cached > len(other.tokens) // 4 - 40
+
+
 def test_copies_of_an_urgent_prompt_drive_out_as_many_as_they_are():
     bench = Bench(slots=4, caching=True, host_bytes=10_000)
     low = [generate(f"low {n}", words(40, n), 40, priority=5) for n in range(4)]
@@ -335,6 +379,41 @@ def test_a_reading_gives_way_and_is_kept_all_the_same():
     bench.add(message)
     bench.finish()
     assert bench.result("on") == alone(generate("on", [*tokens, 5, 6], 4))
+
+
+def test_a_reading_whose_last_step_is_under_way_is_let_end():
+    bench = Bench(slots=1, caching=True, host_bytes=10_000, overlap=True)
+    bench.add(Read(id="reading", tokens=pack_tokens(words(64, 1)), priority=5))
+    assert counts(bench.step()) == {"reading": 64}
+    high = generate("high", words(60, 2), 3)
+    assert counts(start(bench, high)) == {}
+    state = bench.outputs["reading"][-1].state
+    assert state is not None and state.count == 64
+    assert counts(bench.step()) == {"high": 59}
+    bench.finish()
+    assert bench.result("high") == alone(high)
+    assert not bench.scheduler.preemptions.total()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_reading_is_kept_whenever_blocks_run_out(overlap: bool):
+    preempted = 0
+    for known in range(20, 60, 3):
+        bench = Bench(
+            slots=5, blocks=60, block_size=4, caching=True, overlap=overlap, host_bytes=100_000,
+            max_step_tokens=20,
+        )  # fmt: skip
+        others = [generate(f"other {n}", words(known, n), 90) for n in range(4)]
+        bench.add(*others)
+        for _ in range(10):
+            bench.step()
+        bench.add(Read(id="reading", tokens=pack_tokens(words(64, 9))))
+        bench.finish()
+        state = bench.outputs["reading"][-1].state
+        assert state is not None and state.count == 64
+        assert all(bench.result(other.id) == alone(other) for other in others)
+        preempted += bench.scheduler.preemptions["blocks"]
+    assert preempted
 
 
 def test_an_abort_of_a_preempted_one_leaves_nothing():
@@ -467,7 +546,8 @@ class Ranks(RuleBasedStateMachine):
             assert scheduler.holdings.slots.free == 0
             if self.room > 16:
                 first = min(request.priority for request in stayed)
-                assert all(request.priority <= first for request in scheduler.running.order)
+                running = scheduler.running.order
+                assert all(r.priority <= first for r in running if not r.ending)
         return work
 
     def place(self, request: Request, swapped: dict[str, Request]) -> tuple[int, bool, int]:

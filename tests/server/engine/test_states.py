@@ -232,6 +232,20 @@ def test_files_go_from_server_to_server(bench: Bench, tmp_path: Path):
     assert refused is not None and refused.trouble is not None and refused.trouble.status == 507
 
 
+def test_what_is_given_up_before_it_is_copied_is_exported_all_the_same(tmp_path: Path):
+    bench = caching(slots=1, host_bytes=600)  # one state of 100 tokens, not two
+    made = state(read(bench, "r", words(100, 1)))
+    ask(bench, generate("a", words(98, 2), 1))
+    bench.scheduler.states.call(Pin(made.key, -1))
+    cache = bench.scheduler.checkpoints
+    assert [checkpoint.key for checkpoint in cache.tiers.host] == [made.key]
+    bench.scheduler.states.call(Export("e", made.key, str(tmp_path / "exported")))
+    ask(bench, generate("b", words(98, 3), 1))
+    assert cache.get(made.key) is None and bench.replies["e"].state == made
+    came = caching().call(Import("i", str(tmp_path / "exported")))
+    assert came is not None and came.state == made
+
+
 def test_what_another_server_gave_up_is_saved_again(tmp_path: Path):
     bench = caching(directory=tmp_path)
     ask(bench, generate("a", words(300, 1), 1))
