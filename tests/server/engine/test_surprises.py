@@ -173,6 +173,7 @@ def test_a_step_copies_one_thing_to_the_host(tmp_path: Path) -> None:
         post.put(msgspec.structs.replace(traffic.request(), max_tokens=200, stop_token_ids=[]))
     for _ in range(4):
         loop.turn()
+    torch.cuda.synchronize()
     steps, drew = watched.steps, watched.drew
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for turn in range(100):
