@@ -165,23 +165,15 @@ def _filtered(s: Sampling) -> bool:
 
 def _bias(logits: torch.Tensor, chunks: Sequence[Chunk]) -> None:
     """Add logit_bias and forbid suppressed ids, all rows in one scatter."""
-    rows: list[int] = []
-    ids: list[int] = []
-    values: list[float] = []
+    amounts: dict[tuple[int, int], float] = {}
     for i, chunk in enumerate(chunks):
         assert chunk.sampling is not None
-        for token, value in chunk.sampling.logit_bias.items():
-            rows.append(i)
-            ids.append(token)
-            values.append(value)
-        for token in chunk.suppress:
-            rows.append(i)
-            ids.append(token)
-            values.append(-math.inf)
-    if rows:
-        where = upload(np.array([rows, ids]), logits.device)
-        amounts = upload(values, logits.device, np.float32)
-        logits.index_put_((where[0], where[1]), amounts, accumulate=True)
+        amounts |= {(i, token): value for token, value in chunk.sampling.logit_bias.items()}
+        amounts |= {(i, token): -math.inf for token in chunk.suppress}
+    if amounts:
+        rows, ids = upload(np.array([*zip(*amounts, strict=True)]), logits.device).unbind()
+        added = upload(list(amounts.values()), logits.device, np.float32)
+        logits[rows, ids] = logits[rows, ids] + added  # no place twice: nothing has to be sorted
 
 
 def _penalise(logits: torch.Tensor, table: torch.Tensor, wanted: list[Sampling]) -> torch.Tensor:
