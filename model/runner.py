@@ -213,7 +213,7 @@ class ModelRunner:
         return sizes["MemAvailable:"], sizes["MemTotal:"]
 
     def warm_up(self, tokens: int) -> None:
-        """Run every kind of step once, so that no kernel compiles under a request.
+        """Run every kind of step once, so that no kernel compiles or is loaded under a request.
 
         Chunks of all sizes up to `tokens`, so that the allocator has reached its working size. Uses
         slots 0 and 1 (and the first blocks), which nobody owns yet.
@@ -225,6 +225,18 @@ class ModelRunner:
             zeros = [0] * n
             self.step([Chunk(tokens=zeros, start=0, slot=0, blocks=blocks, sampling=draw)])
         self.step([Chunk(tokens=[0], start=1, slot=0, blocks=blocks, sampling=Sampling())])
+        steered = Chunk(
+            tokens=[0],
+            start=1,
+            slot=0,
+            blocks=blocks,
+            sampling=Sampling(logit_bias={0: 1.0}, presence_penalty=1.0),
+            prompt=False,
+            penalised=True,
+            before=[0],
+        )
+        self.step([steered])
+        self.seen.rows.clear()
         if tokens > 2:  # a prompt that goes on: its state may be copied first
             rest = [0] * (min(tokens, 512) - 1)
             self.step([Chunk(tokens=rest, start=1, slot=0, blocks=blocks)])

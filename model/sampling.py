@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from kernels.sampling import draw
-from model.chunk import PENDING, Chunk, Sampled, Sampling
+from model.chunk import Chunk, Sampled, Sampling
 from model.sequences import Sequences
 from model.transfer import upload
 
@@ -55,6 +55,7 @@ class Seen:
 
     def record(self, chunks: Sequence[Chunk], sequences: Sequences) -> None:
         """Remember the tokens of penalised chunks; forget what recycled slots had seen."""
+        generated: list[Chunk] = []
         for chunk in chunks:
             if chunk.start == 0:
                 self.rows.pop(chunk.slot, None)
@@ -66,14 +67,23 @@ class Seen:
                 self.rows[chunk.slot] = row
             if len(chunk.before):
                 row[upload(chunk.before, self.device, np.int64)] |= PROMPT
-            ids = upload(chunk.tokens, self.device, np.int64)
             if chunk.prompt:
-                row[ids] |= PROMPT
+                row[upload(chunk.tokens, self.device, np.int64)] |= PROMPT
             else:
-                if chunk.tokens[0] == PENDING:
-                    slots = upload([chunk.slot], self.device, np.int32)
-                    ids = sequences.ids(ids, sequences.rows(slots))
-                row.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+                generated.append(chunk)
+        if generated:
+            self._count(generated, sequences)
+
+    def _count(self, chunks: Sequence[Chunk], sequences: Sequences) -> None:
+        """Count generated tokens, those of all chunks in one transfer."""
+        lengths = [len(chunk.tokens) for chunk in chunks]
+        tokens = np.concatenate([np.asarray(chunk.tokens, dtype=np.int64) for chunk in chunks])
+        slots = np.repeat(np.array([chunk.slot for chunk in chunks], dtype=np.int64), lengths)
+        ids, slots_ = upload(np.stack((tokens, slots)), self.device).unbind()
+        ids = sequences.ids(ids, sequences.rows(slots_))
+        ones = torch.ones_like(ids, dtype=torch.int32)
+        for chunk, part in zip(chunks, ids.split(lengths), strict=True):
+            self.rows[chunk.slot].index_add_(0, part, ones[: len(part)])
 
 
 def sample(logits: torch.Tensor, chunks: Sequence[Chunk], seen: Seen) -> torch.Tensor:
@@ -155,23 +165,15 @@ def _filtered(s: Sampling) -> bool:
 
 def _bias(logits: torch.Tensor, chunks: Sequence[Chunk]) -> None:
     """Add logit_bias and forbid suppressed ids, all rows in one scatter."""
-    rows: list[int] = []
-    ids: list[int] = []
-    values: list[float] = []
+    amounts: dict[tuple[int, int], float] = {}
     for i, chunk in enumerate(chunks):
         assert chunk.sampling is not None
-        for token, value in chunk.sampling.logit_bias.items():
-            rows.append(i)
-            ids.append(token)
-            values.append(value)
-        for token in chunk.suppress:
-            rows.append(i)
-            ids.append(token)
-            values.append(-math.inf)
-    if rows:
-        where = upload(np.array([rows, ids]), logits.device)
-        amounts = upload(values, logits.device, np.float32)
-        logits.index_put_((where[0], where[1]), amounts, accumulate=True)
+        amounts |= {(i, token): value for token, value in chunk.sampling.logit_bias.items()}
+        amounts |= {(i, token): -math.inf for token in chunk.suppress}
+    if amounts:
+        rows, ids = upload(np.array([*zip(*amounts, strict=True)]), logits.device).unbind()
+        added = upload(list(amounts.values()), logits.device, np.float32)
+        logits[rows, ids] = logits[rows, ids] + added  # no place twice: nothing has to be sorted
 
 
 def _penalise(logits: torch.Tensor, table: torch.Tensor, wanted: list[Sampling]) -> torch.Tensor:

