@@ -111,7 +111,9 @@ def tune_decoding(ring: bool, classes: list[str], deadline: float) -> Found:
     """By the state's dtype."""
     options: list[Any]
     if ring:
-        options = [RingTuning(*each) for each in product((16, 32, 64), (2, 4, 8), (96, 128, 255))]
+        options = [
+            RingTuning(*each) for each in product((16, 32, 64), (2, 4, 8), (96, 128, 160, 255))
+        ]
     else:
         options = [DecodeTuning(*each) for each in product((2048, 4096, 8192, 16384), (2, 4, 8))]
     for itemsize in due("42", classes, deadline):
