@@ -79,7 +79,8 @@ def commit() -> str:
 
     Where the code was copied without its history, STEADYSTATE_COMMIT is the commit and, after a
     colon, the digest of its code (`python -m benchmarks.result` prints both): the copy is marked
-    if it has another digest, or if there is none to hold it against.
+    if it has another digest, or if there is none to hold it against. Every result keeps the digest
+    of its code too: of a marked one it tells which commit holds the changes.
     """
     if "STEADYSTATE_COMMIT" in os.environ:
         name, _, expected = os.environ["STEADYSTATE_COMMIT"].partition(":")
@@ -128,6 +129,7 @@ def write(
     content = {
         "command": f"python -m benchmarks.{bench} {arguments}".strip(),
         "commit": commit(),
+        "code": digest(),
         "date": datetime.date.today().isoformat(),
         "gpu": gpu,
         "versions": versions,

@@ -67,6 +67,8 @@ def seed(monkeypatch):
 
     def moved(draw):
         def drawn(*args, device=None, **kwargs):
+            if kwargs.get("generator") is not None:  # its device is where it draws
+                return draw(*args, device=device, **kwargs)
             tensor = draw(*args, **kwargs)
             return tensor if device is None else tensor.to(device)
 

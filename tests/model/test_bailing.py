@@ -17,7 +17,7 @@ from model.weights import fingerprint
 from server.engine.__main__ import load as engine_load
 from server.settings import Settings
 from tests.model.checkpoints import bailing, minimax, transnormer
-from tests.model.harness import Sequence, load, logits_of, prompt
+from tests.model.harness import DEVICE, Sequence, load, logits_of, prompt
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,8 @@ def test_the_flag_reaches_the_model(tmp_path: Path) -> None:
 def test_the_decays_can_be_compared_on_a_text(tmp_path: Path) -> None:
     ids, last = prompt(70), 20
     bailing.write(tmp_path / "model")
-    got = compare(tmp_path / "model", ids, last, state_memory_gb=0.02, max_step_tokens=32)
+    options = {"device": DEVICE, "dtype": "float32", "state_memory_gb": 0.02}
+    got = compare(tmp_path / "model", ids, last, max_step_tokens=32, **options)
     for name in bailing.VARIANTS:
         oracle = bailing.write(tmp_path / name, decay_layer_factor=name)
         rows = oracle(ids)[-last - 1 : -1].log_softmax(-1)

@@ -130,9 +130,10 @@ def test_logits_stay_close(path: Path, quantization: str) -> None:
 
 @pytest.mark.parametrize("quantization", CODES)
 def test_chunks_company_and_used_slots_change_nothing(path: Path, quantization: str) -> None:
-    """fp8 rounds activations: what differs in the last digit may round to another code."""
+    """fp8 rounds activations: what differs in the last digit may round to another code. A card's
+    products of fp8 keep 14 bits, so that more digits differ there."""
     runner = load(path, quantization=quantization)
-    limit = 1e-4 if quantization == "int8" else 0.03
+    limit = 1e-4 if quantization == "int8" else bound(path, quantization) / 4
     texts = [prompt(n, seed=n) for n in (31, 1, 90)]
     alone = [logits_of(runner, [Sequence(runner, text, 5).chunk(len(text))])[0] for text in texts]
     runner.store.slots.poison()
