@@ -2,10 +2,12 @@
 
     python -m benchmarks.trace CONFIG_DIRECTORY [--decode 1 64 256 512] [--prefill 8192]
 
-Random weights. Decode steps are launched one ahead, as the engine does, every sequence at 300
-tokens; a prefill is one chunk from position 0. `busy` is the time in which at least one kernel runs
-and `step` the time from one step's begin to the next one's, both from the profiler's clock; `host`
-is what launching takes the host. The rows of kernels are microseconds a step, the longest first.
+Random weights, through the engine's loop in this process. Every decoding sequence has read 300
+tokens of its own, each drawn at random, so that they meet all experts; a prefill is one such prompt
+and its first token. `busy` is the time in which at least one kernel runs and `step` the time from
+one step's begin to the next one's, both from the profiler's clock; `host` is what the loop takes of
+a step when it does not wait for the device. The rows of kernels are microseconds a step, the
+longest first.
 """
 
 from __future__ import annotations
@@ -16,60 +18,86 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from random import Random
 
+import msgspec
 import torch
 
+from benchmarks.engine import Mailbox
 from benchmarks.result import Row, write
-from model.chunk import PENDING, Chunk, Sampling
-from model.runner import BLOCK_SIZE, ModelRunner, load_runner
+from model.chunk import Sampled, Sampling
+from model.runner import Launched, ModelRunner, load_runner
+from server.engine.loop import Loop
+from server.protocol import Abort, Generate, pack_tokens
 
 START = 300  # tokens of every sequence when tracing begins
 STEPS = 20
+WARM = 5  # steps before those that are traced
 TOP = 12  # kernels of a work that get a row
-DRAWN = Sampling(temperature=1.0)
 
 
-class Decoding:
-    """B sequences that decode together; `step` launches one and collects the one before."""
+class Engine:
+    """The engine's loop, and requests of random prompts for it."""
 
-    def __init__(self, runner: ModelRunner, B: int) -> None:
+    def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
-        self.B = B
-        self.position = START
-        blocks = -(-(START + 8 * STEPS) // BLOCK_SIZE) if runner.capacity.blocks else 0
-        self.blocks = [range(blocks * i, blocks * (i + 1)) for i in range(B)]
-        for first in range(0, B, 16):
-            runner.step(
-                [
-                    Chunk(tokens=[7] * START, start=0, slot=i, blocks=self.blocks[i])
-                    for i in range(first, min(first + 16, B))
-                ]
-            )
-        self.before: Any = None
+        self.mailbox = Mailbox()
+        self.loop = Loop(runner, self.mailbox)
+        self.rng = Random(0)
+        self.count = 0
+        self.waited = 0.0
         self.host: list[float] = []
+        collect = runner.collect
+
+        def timed(launched: Launched) -> list[Sampled | None]:
+            begin = time.perf_counter()
+            found = collect(launched)
+            self.waited += time.perf_counter() - begin
+            return found
+
+        runner.collect = timed  # type: ignore[method-assign]
+
+    def request(self, prompt: int, tokens: int) -> bytes:
+        """A message that asks for so many tokens after such a prompt."""
+        self.count += 1
+        ids = [self.rng.randrange(self.runner.capacity.vocab_size) for _ in range(prompt)]
+        sampling = Sampling(temperature=1.0, seed=self.count)
+        return msgspec.msgpack.encode(
+            Generate(
+                id=str(self.count), tokens=pack_tokens(ids), sampling=sampling, max_tokens=tokens
+            )
+        )
 
     def step(self) -> None:
-        begin = time.perf_counter()
-        launched = self.runner.launch(
-            [
-                Chunk(
-                    tokens=[7 if self.before is None else PENDING],
-                    start=self.position,
-                    slot=i,
-                    blocks=self.blocks[i],
-                    sampling=DRAWN,
-                    generated=self.position - START,
-                    prompt=False,
-                )
-                for i in range(self.B)
-            ]
-        )
-        self.host.append(time.perf_counter() - begin)
-        if self.before is not None:
-            self.runner.collect(self.before)
-        self.before = launched
-        self.position += 1
+        """A turn of the loop."""
+        begin, self.waited = time.perf_counter(), 0.0
+        self.loop.turn()
+        self.host.append(time.perf_counter() - begin - self.waited)
+
+    def decode(self, B: int) -> None:
+        """Begin B sequences, all of which then decode."""
+        self.mailbox.inbox += [self.request(START, 4 * (WARM + STEPS)) for _ in range(B)]
+        self.mailbox.steps.clear()
+        begun: set[str] = set()
+        while len(begun) < B:
+            self.step()
+            begun = {o.id for _, step in self.mailbox.steps for o in step.outputs if o.tokens}
+        self.host.clear()
+
+    def end(self) -> None:
+        """End what is under way."""
+        ids = [str(i) for i in range(1, self.count + 1)]
+        self.mailbox.inbox.append(msgspec.msgpack.encode(Abort(ids=ids)))
+        self.step()
+        while not self.loop.scheduler.idle:
+            self.step()
+
+    def read(self, message: bytes) -> None:
+        """Read a prompt to its first token."""
+        self.mailbox.inbox.append(message)
+        self.step()
+        while not self.loop.scheduler.idle:
+            self.step()
 
 
 def short(name: str) -> str:
@@ -82,7 +110,7 @@ def traced(step: Callable[[], None], steps: int) -> tuple[float, float, float, C
     """A step's milliseconds, those in which the GPU is busy, launches, microseconds by kernel."""
     from torch.profiler import ProfilerActivity, profile
 
-    for _ in range(5):
+    for _ in range(WARM):
         step()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -129,16 +157,16 @@ def main() -> None:
     options = parser.parse_args()
     runner = load_runner(options.config, seed=0, max_running=max([*options.decode, 1]))
     rows = []
+    engine = Engine(runner)
     for B in options.decode:
-        work = Decoding(runner, B)
-        rows += rows_of(f"decode {B}", work.step, STEPS)
-        host = sorted(work.host)[len(work.host) // 2] * 1e3
+        engine.decode(B)
+        rows += rows_of(f"decode {B}", engine.step, STEPS)
+        host = sorted(engine.host)[len(engine.host) // 2] * 1e3
         rows.append(Row(work=f"decode {B}: host", value=host, unit="ms", better="lower"))
-        runner.collect(work.before)
+        engine.end()
     for T in options.prefill:
-        blocks = range(-(-T // BLOCK_SIZE)) if runner.capacity.blocks else ()
-        chunk = Chunk(tokens=[7] * T, start=0, slot=0, blocks=blocks, sampling=DRAWN)
-        rows += rows_of(f"prefill {T}", lambda chunk=chunk: runner.step([chunk]), 3)  # type: ignore[misc]
+        prompts = iter([engine.request(T, 1) for _ in range(WARM + 3)])
+        rows += rows_of(f"prefill {T}", lambda prompts=prompts: engine.read(next(prompts)), 3)  # type: ignore[misc]
     write("trace", rows, name=f"trace-{options.config.name}")
 
 
