@@ -44,7 +44,25 @@ FORMS = [
     ("norm-head", 64_000, 2048),
     ("norm-head", 65_536, 2048),
 ]
-CLASSES = [skinny_class(2, form, rows, N, K) for rows, (form, N, K) in product(SKINNY, FORMS)]
+# likewise in transnormer-7b and ring-mini-linear-2.0, for single rows
+SINGLE = [
+    ("norm-silu", 16_384, 4096),
+    ("gate", 4096, 4096),
+    ("norm-mul", 22_016, 4096),
+    ("plain", 4096, 11_008),
+    ("norm-head", 64_000, 4096),
+    ("norm", 8192, 2048),
+    ("gate4", 2048, 2048),
+    ("plain-silu_mul", 1024, 2048),
+    ("plain-silu_mul", 10_240, 2048),
+    ("plain", 2048, 512),
+    ("plain", 2048, 5120),
+    ("norm-head", 157_184, 2048),
+]
+CLASSES = [
+    *(skinny_class(2, form, rows, N, K) for rows, (form, N, K) in product(SKINNY, FORMS)),
+    *(skinny_class(2, form, 1, N, K) for form, N, K in SINGLE),
+]
 
 
 class Trial:
