@@ -176,6 +176,7 @@ class Step:
         h = add_rmsnorm_(self.x, self.product(o.flatten(1), self.qkv[: H * D]), self.norm, 1e-6)
         mixed = self.mixture(h)
         h = grouped_gemm(silu_mul(h, mixed), self.int8[None], None, h.dtype)
+        h = h.clone()  # no kernel in a graph
         h = h + quantized(h, torch.int8).scales[:, None].to(h.dtype)
         logits = self.product(h, self.qkv, out_dtype=torch.float32)
         ids = torch.empty(N, dtype=torch.int64, device=DEVICE)
