@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.language import jit, tl
+from kernels.language import early, jit, start_early, tl
 from kernels.quantize import Quantized, Weight
 from kernels.tuning import ProductTuning
 
@@ -36,11 +36,13 @@ def _up_kernel(
     K: tl.constexpr,
     SCALED: tl.constexpr,
     EVEN: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """BLOCK_N elements of one h_tk, from as many rows of gate and of up, which lie N rows apart."""
+    start_early(EARLY)
     i_r = tl.program_id(0).to(tl.int64)
     e = tl.load(ids_ptr + i_r).to(tl.int64)
     o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -78,11 +80,13 @@ def _down_kernel(
     SCALED: tl.constexpr,
     EVEN: tl.constexpr,
     WHOLE: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """BLOCK_N elements of one y_t: its experts one after the other into one sum."""
+    start_early(EARLY)
     i_t = tl.program_id(0).to(tl.int64)
     o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
@@ -137,6 +141,7 @@ def up(x: torch.Tensor, w: Weight, ids: torch.Tensor, tuning: ProductTuning) -> 
         BLOCK_D=tuning.inputs,
         STAGES=tuning.stages,
         num_warps=tuning.warps,
+        **early(x.device),
     )
     return h
 
@@ -171,5 +176,6 @@ def down(
         BLOCK_D=tuning.inputs,
         STAGES=tuning.stages,
         num_warps=tuning.warps,
+        **early(h.device),
     )
     return y

@@ -12,7 +12,7 @@ import torch
 
 from kernels.grouped_gemm import most_tiles, rows_of
 from kernels.join import join
-from kernels.language import dot_precision, jit, next_power_of_2, tl
+from kernels.language import dot_precision, early, jit, next_power_of_2, start_early, tl
 from kernels.quantize import Quantized, Weight
 from kernels.tuning import ProductTuning
 
@@ -33,6 +33,7 @@ def _product_kernel(
     GATED: tl.constexpr,
     SCALED: tl.constexpr,
     EVEN: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -41,6 +42,7 @@ def _product_kernel(
 ):
     """BLOCK_M rows of one expert by BLOCK_N outputs. SHARE rows of y in turn are made of one of x.
     GATED: w has N rows of gate and N of up, and the outputs are silu(gate) * up."""
+    start_early(EARLY)
     i_n = tl.program_id(1)  # tiles of an expert lie side by side, so that weights are read once
     i_e, begin, end, o_m = rows_of(tl.program_id(0), ends_ptr, E, BLOCK_E, BLOCK_M)
     if i_e >= E:
@@ -113,6 +115,7 @@ def _product(
         PRECISION=dot_precision(x.dtype),
         num_warps=tuning.warps,
         num_stages=tuning.stages,
+        **early(x.device),
     )
     return y
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.language import jit, tl
+from kernels.language import early, jit, start_early, tl
 
 BLOCK = 1024
 
@@ -23,8 +23,18 @@ def silu_mul_reference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @jit
 def _silu_mul_kernel(
-    a_ptr, b_ptr, y_ptr, a_stride, b_stride, y_stride, D, GATED: tl.constexpr, BLOCK: tl.constexpr
+    a_ptr,
+    b_ptr,
+    y_ptr,
+    a_stride,
+    b_stride,
+    y_stride,
+    D,
+    GATED: tl.constexpr,
+    EARLY: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
+    start_early(EARLY)
     i_row = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_d = o_d < D
@@ -47,6 +57,7 @@ def _triton(a: torch.Tensor, b: torch.Tensor | None, y: torch.Tensor) -> None:
         D,
         GATED=b is not None,
         BLOCK=BLOCK,
+        **early(a.device),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kernels.language import dot_precision, jit, next_power_of_2, tl
+from kernels.language import dot_precision, early, jit, next_power_of_2, start_early, tl
 from kernels.quantize import Quantized, Weight
 from kernels.tuning import card, processors
 
@@ -65,6 +65,7 @@ def _grouped_gemm_kernel(
     SCALED: tl.constexpr,
     EVEN: tl.constexpr,
     GROUP: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -73,6 +74,7 @@ def _grouped_gemm_kernel(
 ):
     """BLOCK_M rows of one group by BLOCK_N outputs. There are programs for as many tiles of rows as
     there can be; which group a tile is of, if any, each finds out by itself."""
+    start_early(EARLY)
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_m = tl.num_programs(0) // tiles_n
     i_group, i_in_group = (
@@ -159,6 +161,7 @@ def _triton(x: Weight, w: Quantized, ends: torch.Tensor | None, y: torch.Tensor)
         BLOCK_E=next_power_of_2(E),
         PRECISION=dot_precision(rows.dtype),
         **sizes,
+        **early(rows.device),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.language import jit, next_power_of_2, tl
+from kernels.language import early, jit, next_power_of_2, start_early, tl
 
 BLOCK = 1024
 
@@ -30,9 +30,11 @@ def _join_kernel(
     D,
     K: tl.constexpr,
     PLACED: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """BLOCK elements of one y_t."""
+    start_early(EARLY)
     i_t = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_d = o_d < D
@@ -52,7 +54,9 @@ def _triton(
     (T, K), D = weights.shape, z.shape[1]
     size = min(BLOCK, next_power_of_2(D))
     grid = T, -(-D // size)
-    _join_kernel[grid](z, weights, place, y, D, K=K, PLACED=place is not None, BLOCK=size)
+    _join_kernel[grid](
+        z, weights, place, y, D, K=K, PLACED=place is not None, BLOCK=size, **early(z.device)
+    )
 
 
 def _torch(

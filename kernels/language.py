@@ -4,10 +4,15 @@ Every kernel file takes `tl`, `jit` and `next_power_of_2` from here. Without Tri
 uncompiled Python that nobody calls: tensors then live on the CPU and the torch paths serve them.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
+
+import torch
+
+from kernels.tuning import card
 
 try:
     import triton
@@ -18,6 +23,7 @@ except ImportError:
     HAVE_TRITON = False
 
 tl: Any = triton.language if HAVE_TRITON else None
+HOPPER = (9, 0)  # the first cards whose kernels can start early
 
 
 def jit(function: Any = None, **options: Any) -> Any:
@@ -35,6 +41,28 @@ def next_power_of_2(n: int) -> int:
 def dot_precision(dtype: Any) -> str:
     """tl.dot's input_precision: three TF32 products make float32; bfloat16 needs nothing."""
     return "tf32x3" if dtype.itemsize == 4 else "tf32"
+
+
+@lru_cache(maxsize=32)
+def early(device: torch.device, asked: bool = True) -> dict[str, bool]:
+    """How a kernel that calls start_early is launched: early where the card can do that."""
+    able = asked and card(device) >= HOPPER
+    return {"EARLY": able, "launch_pdl": able}
+
+
+@jit
+def start_early(EARLY: tl.constexpr):
+    """Let the next kernel start, and wait until the one in front has ended and all it wrote is seen
+    (programmatic dependent launch: what a launch costs passes beside the kernel in front).
+
+    A kernel calls this before it reads what another one writes, and before its first write: at its
+    top. Above it only weights may be read, which nothing writes while a model serves. Every program
+    passes here before it returns: the one in front may have begun before its own forerunner ended,
+    and it is by its waiting that its end means the end of all before it.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.language import expm1, jit, next_power_of_2, tl
+from kernels.language import early, expm1, jit, next_power_of_2, start_early, tl
 from kernels.tuning import DecodeTuning, decode_tuning
 
 
@@ -35,10 +35,12 @@ def _lightning_decode_kernel(
     H,
     DK,
     DV,
+    EARLY: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """One sequence, one head, BLOCK_V columns of the state."""
+    start_early(EARLY)
     i_v, i_h, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     slot = tl.load(slots_ptr + i_n).to(tl.int64)
     real = slot >= 0
@@ -103,6 +105,7 @@ def _triton(
         BLOCK_K=BLOCK_K,
         BLOCK_V=BLOCK_V,
         num_warps=tuning.warps,
+        **early(q.device),
     )
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.language import expm1, jit, next_power_of_2, tl
+from kernels.language import early, expm1, jit, next_power_of_2, start_early, tl
 from kernels.tuning import RingTuning, ring_tuning
 
 
@@ -83,6 +83,7 @@ def _decode_kernel(
     ROWS: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -90,6 +91,7 @@ def _decode_kernel(
     PIECE: tl.constexpr,
 ):
     """One sequence, one head: the only program that knows of its `folded`."""
+    start_early(EARLY)
     i_h, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_r, o_k, o_v = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     o_piece, o_row = tl.arange(0, PIECE), tl.arange(0, BLOCK_ROWS)
@@ -186,11 +188,13 @@ def _fold_kernel(
     ROWS: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """One sequence, one head."""
+    start_early(EARLY)
     i_h, i_n = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots_ptr + i_n).to(tl.int64)
     if slot < 0:
@@ -291,6 +295,7 @@ def _triton(
         PIECE=_divisor(dk, tuning.rows),
         num_warps=tuning.warps,
         maxnreg=tuning.registers,
+        **early(q.device),
     )
 
 
@@ -327,6 +332,7 @@ def _triton_fold(
         BLOCK_K=_divisor(dk, 32),
         BLOCK_V=_divisor(dv, 128),
         num_warps=4,
+        **early(slopes.device),
     )
 
 

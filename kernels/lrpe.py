@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.language import jit, next_power_of_2, tl
+from kernels.language import early, jit, next_power_of_2, start_early, tl
 
 
 def lrpe_reference(x: torch.Tensor, theta: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -30,9 +30,11 @@ def _lrpe_kernel(
     H,
     D,
     GROUPS: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    start_early(EARLY)
     i_t = tl.program_id(0).to(tl.int64)
     o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     o_d = tl.arange(0, BLOCK_D)[None, :]
@@ -67,6 +69,7 @@ def _triton(x: torch.Tensor, theta: torch.Tensor, positions: torch.Tensor, y: to
         GROUPS=heads // H,
         BLOCK_H=BLOCK_H,
         BLOCK_D=BLOCK_D,
+        **early(x.device),
     )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.language import dot_precision, jit, next_power_of_2, tl
+from kernels.language import dot_precision, early, jit, next_power_of_2, start_early, tl
 from kernels.softmax import softmax_step
 from kernels.tuning import KeysTuning, keys_tuning, processors
 
@@ -60,12 +60,14 @@ def _attend_kernel(
     LEAST: tl.constexpr,
     KEYS: tl.constexpr,
     WITHIN: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One span of one sequence, one key-value head. WITHIN: KEYS never cross a page."""
+    start_early(EARLY)
     i_h, i_n, i_s = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     spans = tl.num_programs(2)
     slot = tl.load(slots_ptr + i_n)
@@ -139,10 +141,12 @@ def _join_kernel(
     D,
     LEAST: tl.constexpr,
     KEYS: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_D: tl.constexpr,
     JOINED: tl.constexpr,
 ):
     """The spans of one sequence, one head."""
+    start_early(EARLY)
     i_h, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     H, N = tl.num_programs(0), tl.num_programs(1)
     start = tl.load(starts_ptr + i_n).to(tl.int32)
@@ -233,6 +237,7 @@ def decode(
         PRECISION=dot_precision(q.dtype),
         STAGES=tuning.stages,
         num_warps=tuning.warps,
+        **early(q.device),
     )
     if S > 1:
         _join_kernel[(H, N)](
@@ -248,4 +253,5 @@ def decode(
             BLOCK_D=BLOCK_D,
             JOINED=JOINED,
             num_warps=4,
+            **early(parts.device),
         )

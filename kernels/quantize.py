@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kernels.language import jit, next_power_of_2, tl
+from kernels.language import early, jit, next_power_of_2, start_early, tl
 
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 LEAST = 1e-30  # of max |x_r|, so that a row of zeros has a scale to divide by
@@ -95,8 +95,10 @@ def _quantize_kernel(
     LIMIT: tl.constexpr,
     LEAST: tl.constexpr,
     WHOLE: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    start_early(EARLY)
     i_row = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, BLOCK)
     b_max = tl.zeros((BLOCK,), tl.float32)
@@ -132,6 +134,7 @@ def _triton(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
         WHOLE=not codes.is_floating_point(),
         BLOCK=size,
         num_warps=min(max(size // 512, 1), 8),
+        **early(x.device),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.language import jit, next_power_of_2, tl
+from kernels.language import early, jit, next_power_of_2, start_early, tl
 from kernels.rmsnorm import rmsnorm_reference
 
 
@@ -39,8 +39,10 @@ def _residual_rmsnorm_kernel(
     eps,
     KEEP: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    start_early(EARLY)
     i_row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -82,6 +84,7 @@ def _triton(
         HAS_WEIGHT=weight is not None,
         BLOCK_D=BLOCK_D,
         num_warps=min(max(BLOCK_D // 512, 1), 16),
+        **early(x.device),
     )
 
 

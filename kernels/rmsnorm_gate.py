@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.language import jit, next_power_of_2, tl
+from kernels.language import early, jit, next_power_of_2, start_early, tl
 from kernels.rmsnorm import rmsnorm_reference
 
 
@@ -41,8 +41,10 @@ def _rmsnorm_gate_kernel(
     eps,
     HAS_WEIGHT: tl.constexpr,
     SIGMOID: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    start_early(EARLY)
     i_row = tl.program_id(0).to(tl.int64)
     o_w = tl.arange(0, BLOCK)
     m_w = o_w < WIDTH
@@ -83,6 +85,7 @@ def _triton(
         SIGMOID=sigmoid,
         BLOCK=BLOCK,
         num_warps=min(max(BLOCK // 512, 1), 16),
+        **early(o.device),
     )
 
 

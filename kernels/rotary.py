@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.language import jit, next_power_of_2, tl
+from kernels.language import early, jit, next_power_of_2, start_early, tl
 from kernels.rmsnorm import rmsnorm_reference
 
 
@@ -57,9 +57,11 @@ def _rotary_kernel(
     HALF,
     eps,
     NORM: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    start_early(EARLY)
     i_t = tl.program_id(0).to(tl.int64)
     o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     o_d = tl.arange(0, BLOCK_D)
@@ -111,6 +113,7 @@ def _triton(
         NORM=weight is not None,
         BLOCK_H=BLOCK_H,
         BLOCK_D=BLOCK_D,
+        **early(x.device),
     )
 
 

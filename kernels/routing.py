@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from kernels.language import jit, next_power_of_2, tl
+from kernels.language import early, jit, next_power_of_2, start_early, tl
 from kernels.tuning import ROUTE, RouteTuning, route_tuning
 
 LEAST = 1e-20  # added to a sum of sigmoids that others are divided by
@@ -104,12 +104,14 @@ def _route_kernel(
     TOP: tl.constexpr,
     GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """One token, whose experts lie in GROUPS groups of S. x holds its logits; FUSED: itself."""
+    start_early(EARLY)
     NONE: tl.constexpr = -9223372036854775807  # below every key
     i_t = tl.program_id(0).to(tl.int64)
     o_g, o_s, o_k = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_K)
@@ -189,6 +191,7 @@ def _triton(
             BLOCK_K=next_power_of_2(choice.top),
             BLOCK_D=min(next_power_of_2(D), max(8192 // next_power_of_2(size), 32)),
             num_warps=tuning.warps,
+            **early(x.device),
         )
     return ids, weights
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.language import jit, next_power_of_2, tl
+from kernels.language import early, jit, next_power_of_2, start_early, tl
 
 BLOCK = 4096  # logits per program
 MOST = 1 - 2.0**-24  # w as float32 may round to 1, of which there is no logarithm
@@ -61,10 +61,12 @@ def _best_kernel(
     logits_stride,
     V,
     PARTS,
+    EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The best of BLOCK logits of a row, noise added; infinite or NaN where a logit is not finite
     (other than minus infinity, which cannot be drawn)."""
+    start_early(EARLY)
     i_p, i_r = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_v = i_p * BLOCK + tl.arange(0, BLOCK)
     m_v = o_v < V
@@ -87,8 +89,9 @@ def _best_kernel(
 
 
 @jit
-def _join_kernel(bests_ptr, ids_ptr, o_ptr, PARTS, BLOCK_P: tl.constexpr):
+def _join_kernel(bests_ptr, ids_ptr, o_ptr, PARTS, EARLY: tl.constexpr, BLOCK_P: tl.constexpr):
     """The best of the parts of a row; -1 where one is not finite, or all are minus infinity."""
+    start_early(EARLY)
     i_r = tl.program_id(0).to(tl.int64)
     o_p = tl.arange(0, BLOCK_P)
     m_p = o_p < PARTS
@@ -118,8 +121,11 @@ def _triton(
         parts,
         BLOCK=BLOCK,
         num_warps=8,
+        **early(logits.device),
     )
-    _join_kernel[(R,)](bests, ids, o, parts, BLOCK_P=next_power_of_2(parts), num_warps=1)
+    _join_kernel[(R,)](
+        bests, ids, o, parts, BLOCK_P=next_power_of_2(parts), num_warps=1, **early(bests.device)
+    )
 
 
 def _torch(

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from kernels.language import dot_precision, jit, next_power_of_2, tl
+from kernels.language import dot_precision, early, jit, next_power_of_2, start_early, tl
 from kernels.rmsnorm import rmsnorm_reference
 from kernels.tuning import SkinnyTuning
 
@@ -166,9 +166,7 @@ def _row_kernel(
     o_k = tl.arange(0, BLOCK_K)
     p_w = w_ptr + _outputs(i_n, N, PAIR, BLOCK_N)[:, None] * K + o_k[None, :]
     b_w = _load(p_w, (o_k < K)[None, :], EVEN)  # [N, K]
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    start_early(EARLY)
     b_sum = tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32)
     b_squares = tl.zeros([BLOCK_K], tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -243,9 +241,7 @@ def _tile_kernel(
     p_w = w_ptr + _outputs(i_n, N, PAIR, BLOCK_N)[None, :] * K + o_k[:, None]
     p_x, p_f = x_ptr + i_m * x_stride, f_ptr + i_m * f_stride
     p_gate = gate_ptr + i_m * gate_stride
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    start_early(EARLY)
     b_y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     b_squares = tl.zeros([BLOCK_M], tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -318,14 +314,12 @@ def skinny_gemm(
         "KEEP": keep,
         "PAIR": pair,
         "EVEN": K % tuning.inputs == 0,
-        "EARLY": tuning.early,
         "BLOCK_N": tuning.outputs,
         "BLOCK_K": tuning.inputs,
         "BLOCK_KEPT": max(next_power_of_2(-(-K // programs)), 16),
         "num_warps": tuning.warps,
+        **early(w.device, tuning.early),
     }
-    if tuning.early:
-        options["launch_pdl"] = True
     # what is absent is read nowhere
     pointers = b.x, *(b.x if p is None else p for p in (b.f, b.gate, b.weight)), w, y, kept
     numbers = float(b.alpha), float(b.beta), b.eps

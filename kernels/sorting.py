@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.language import jit, next_power_of_2, tl
+from kernels.language import early, jit, next_power_of_2, start_early, tl
 
 MOST = 4096  # ids that a program holds
 
@@ -24,8 +24,9 @@ def by_expert_reference(ids: torch.Tensor, E: int) -> tuple[list[int], list[int]
 
 
 @jit(do_not_specialize=["R"])
-def _by_expert_kernel(ids_ptr, order_ptr, ends_ptr, R, BLOCK: tl.constexpr):
+def _by_expert_kernel(ids_ptr, order_ptr, ends_ptr, R, EARLY: tl.constexpr, BLOCK: tl.constexpr):
     """The rows of one expert."""
+    start_early(EARLY)
     i_e = tl.program_id(0)
     o_r = tl.arange(0, BLOCK)
     b_ids = tl.load(ids_ptr + o_r, mask=o_r < R, other=0x7FFFFFFF)
@@ -41,7 +42,7 @@ def _triton(ids: torch.Tensor, E: int) -> tuple[torch.Tensor, torch.Tensor]:
     ends = torch.empty(E, dtype=torch.int32, device=ids.device)
     BLOCK = max(next_power_of_2(R), 32)
     warps = min(max(BLOCK // 256, 1), 8)
-    _by_expert_kernel[(E,)](ids, order, ends, R, BLOCK=BLOCK, num_warps=warps)
+    _by_expert_kernel[(E,)](ids, order, ends, R, BLOCK=BLOCK, num_warps=warps, **early(ids.device))
     return order, ends
 
 

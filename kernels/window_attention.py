@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.language import jit, tl
+from kernels.language import early, jit, start_early, tl
 from kernels.packing import Packing
 from kernels.softmax import softmax_step, tiles
 
@@ -56,6 +56,7 @@ def _window_attend_kernel(
     H,
     G,
     D,
+    EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -65,6 +66,7 @@ def _window_attend_kernel(
 
     Positions are counted from the chunk's first row: those below 0 are in the ring.
     """
+    start_early(EARLY)
     i_m, i_h, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = tl.load(cu_seqlens_ptr + i_n).to(tl.int64)
     n = (tl.load(cu_seqlens_ptr + i_n + 1) - begin).to(tl.int32)
@@ -130,10 +132,12 @@ def _window_keep_kernel(
     W,
     Hkv,
     D,
+    EARLY: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Leave BLOCK_T of a chunk's last W rows in the ring."""
+    start_early(EARLY)
     i_t, i_h, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = tl.load(cu_seqlens_ptr + i_n).to(tl.int64)
     n = (tl.load(cu_seqlens_ptr + i_n + 1) - begin).to(tl.int32)
@@ -187,6 +191,7 @@ def _triton(
         D,
         **config,
         num_stages=1,
+        **early(q.device),
     )
     BLOCK_T = 16
     _window_keep_kernel[(-(-min(window, longest) // BLOCK_T), Hkv, N)](
@@ -201,6 +206,7 @@ def _triton(
         D,
         BLOCK_T=BLOCK_T,
         BLOCK_D=config["BLOCK_D"],
+        **early(k.device),
     )
 
 
