@@ -23,6 +23,7 @@ from benchmarks.engine import PROMPT, Mailbox, Work, run
 from benchmarks.result import Row, write
 from model.batch import Batch
 from model.chunk import Chunk, Sampling
+from model.families import added
 from model.runner import ModelRunner, load_runner
 from model.weights import QUANTIZATIONS
 from server.engine.loop import Loop
@@ -66,7 +67,8 @@ def logits_of(runner: ModelRunner, positions: int) -> torch.Tensor:
             for slot in range(min(runner.capacity.slots, positions - first))
         ]
         runner.sequences.keep(chunks)
-        logits = runner.model.forward(Batch.pack(chunks, runner.sequences), runner.store)
+        batch = Batch.pack(chunks, runner.sequences)
+        logits = added(runner.model.forward(batch, runner.store))
         parts.append(logits[:, : runner.model.drawable].cpu())
     return torch.cat(parts)
 

@@ -129,7 +129,8 @@ class Trial:
         return skinny_gemm(before, w, tuning, **options)
 
     def separate(self, w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """All rows by several; x, in the place of our own, may become the sum."""
+        """All rows by several; x, in the place of our own, may become the sum. A head's product is
+        left as terms, for drawing adds them."""
         h = x
         if self.start == "gate":
             h = rmsnorm_gate(x, self.gate, self.weight, EPS, groups=self.groups)
@@ -145,7 +146,8 @@ class Trial:
         due = partial(skinny_gemm_reference, w=w, silu=self.silu, pair=self.pair)
         if tuning is None:
             ((before, _),) = self.befores(self.rows)
-            return error(self.separate(w, self.x.clone()), due(before))
+            y = self.separate(w, self.x.clone())
+            return error(y.sum(0) if self.head else y, due(before))
         fewest = max((rows for rows in SKINNY if rows < self.rows), default=0) + 1
         for M in {fewest, self.rows}:
             for before, keep in self.befores(M, every):

@@ -37,6 +37,7 @@ def draw_reference(
     logits: torch.Tensor, temperatures: torch.Tensor, keys: torch.Tensor
 ) -> torch.Tensor:
     """As draw(), in float64."""
+    logits = logits.sum(0)
     scores = logits.double() / torch.where(temperatures > 0, temperatures, 1.0)[:, None]
     noise = noise_reference(keys, logits.shape[1])
     scores = torch.where(temperatures[:, None] > 0, scores + noise, scores)
@@ -58,9 +59,11 @@ def _best_kernel(
     keys_ptr,
     bests_ptr,
     ids_ptr,
-    logits_stride,
+    row_stride,
+    term_stride,
     V,
     PARTS,
+    TERMS: tl.constexpr,
     EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -72,7 +75,10 @@ def _best_kernel(
     m_v = o_v < V
     temperature = tl.load(temperatures_ptr + i_r)
     key = tl.load(keys_ptr + i_r)
-    b_x = tl.load(logits_ptr + i_r * logits_stride + o_v, mask=m_v, other=-float("inf"))
+    p_x = logits_ptr + i_r * row_stride + o_v
+    b_x = tl.load(p_x, mask=m_v, other=-float("inf"))
+    if TERMS == 2:
+        b_x += tl.load(p_x + term_stride, mask=m_v, other=0.0)
     worst = tl.max(tl.where((b_x != b_x) | (b_x == float("inf")), 1, 0))
     if temperature > 0:
         b_hash = _hash(o_v.to(tl.uint32) * 0x9E3779B9, (key & 0xFFFFFFFF).to(tl.uint32))
@@ -106,7 +112,7 @@ def _join_kernel(bests_ptr, ids_ptr, o_ptr, PARTS, EARLY: tl.constexpr, BLOCK_P:
 def _triton(
     logits: torch.Tensor, temperatures: torch.Tensor, keys: torch.Tensor, o: torch.Tensor
 ) -> None:
-    R, V = logits.shape
+    S, R, V = logits.shape
     parts = -(-V // BLOCK)
     bests = torch.empty(R, parts, dtype=torch.float32, device=logits.device)
     ids = torch.empty(R, parts, dtype=torch.int32, device=logits.device)
@@ -116,9 +122,11 @@ def _triton(
         keys,
         bests,
         ids,
+        logits.stride(1),
         logits.stride(0),
         V,
         parts,
+        TERMS=S,
         BLOCK=BLOCK,
         num_warps=8,
         **early(logits.device),
@@ -131,6 +139,7 @@ def _triton(
 def _torch(
     logits: torch.Tensor, temperatures: torch.Tensor, keys: torch.Tensor, o: torch.Tensor
 ) -> None:
+    logits = logits.sum(0) if len(logits) > 1 else logits[0]
     best, ids = logits.max(1)
     warm = (temperatures > 0).nonzero().squeeze(1)
     if len(warm):
@@ -141,13 +150,14 @@ def _torch(
 
 
 def draw(logits: torch.Tensor, temperatures: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """logits [R, V] float32, temperatures [R] float32 >= 0, keys [R] int64 -> ids [R] int64.
+    """logits [S, R, V] float32, S terms (1 or 2) that are added up; temperatures [R] float32 >= 0,
+    keys [R] int64 -> ids [R] int64.
 
     A row with a NaN or plus infinity, or with nothing above minus infinity, gives -1.
     """
-    R, _ = logits.shape
+    S, R, _ = logits.shape
     assert logits.dtype == temperatures.dtype == torch.float32 and keys.dtype == torch.int64
-    assert logits.stride(1) == 1 and temperatures.shape == keys.shape == (R,)
+    assert S in (1, 2) and logits.stride(2) == 1 and temperatures.shape == keys.shape == (R,)
     assert temperatures.is_contiguous() and keys.is_contiguous()
     o = torch.empty(R, dtype=torch.int64, device=logits.device)
     if R:

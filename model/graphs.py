@@ -17,7 +17,7 @@ from kernels.packing import Packing
 from kernels.sampling import draw
 from model.batch import Batch
 from model.chunk import Chunk
-from model.families import Family, logits_of
+from model.families import Family, terms_of
 from model.sampling import noise_keys, warmth
 from model.sequences import Sequences
 from model.store import Store
@@ -77,11 +77,11 @@ class Inputs:
 
 @dataclass(slots=True, frozen=True, eq=False)
 class Captured:
-    """A graph, and what it leaves: drawn ids [size] int64 and logits [size, V]."""
+    """A graph, and what it leaves: drawn ids [size] int64 and terms [S, size, V] of logits."""
 
     graph: torch.cuda.CUDAGraph
     ids: torch.Tensor
-    logits: torch.Tensor
+    terms: torch.Tensor
 
 
 class DecodeGraphs:
@@ -107,22 +107,22 @@ class DecodeGraphs:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                ids, logits = self._step(size)
+                ids, terms = self._step(size)
             pool = pool or graph.pool()
-            self._captured[size] = Captured(graph, ids, logits)
+            self._captured[size] = Captured(graph, ids, terms)
 
     def serve(self, chunks: Sequence[Chunk]) -> bool:
         """Whether a step is one of theirs: it has one token of every sequence."""
         return len(chunks) <= self.sizes[-1] and all(len(chunk.tokens) == 1 for chunk in chunks)
 
     def replay(self, chunks: Sequence[Chunk]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fold the chunks in; ids [n] as drawn from plain logits, and the logits [n, V], both
-        theirs until the next replay."""
+        """Fold the chunks in; ids [n] as drawn from plain logits, and the terms [S, n, V] of these,
+        both theirs until the next replay."""
         size = self.sizes[bisect_left(self.sizes, len(chunks))]
         self._inputs.fill(chunks, size)
         captured = self._captured[size]
         captured.graph.replay()
-        return captured.ids[: len(chunks)], captured.logits[: len(chunks)]
+        return captured.ids[: len(chunks)], captured.terms[:, : len(chunks)]
 
     def _step(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         i = self._inputs
@@ -137,7 +137,7 @@ class DecodeGraphs:
             tables=self._sequences.tables,
             sample_rows=None,
         )
-        logits = logits_of(self._model, batch, self._store)
-        ids = draw(logits, i.temperatures[:size], i.keys[:size])
+        terms = terms_of(self._model, batch, self._store)
+        ids = draw(terms, i.temperatures[:size], i.keys[:size])
         self._sequences.drawn(rows, ids)
-        return ids, logits
+        return ids, terms

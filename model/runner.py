@@ -17,7 +17,7 @@ from model import image
 from model.batch import Batch
 from model.chunk import Capacity, Chunk, Copy, OutOfDeviceMemory, Sampled, Sampling
 from model.config import ConfigError, Fields
-from model.families import Family, build, logits_of
+from model.families import Family, added, build, logits_of
 from model.graphs import DecodeGraphs
 from model.lightning import Memory
 from model.sampling import Seen, plain, read, sample
@@ -112,15 +112,15 @@ class ModelRunner:
     def _replay(self, chunks: list[Chunk]) -> torch.Tensor | None:
         """A step of one token of each sequence, by a graph."""
         assert self.graphs is not None
-        ids, logits = self.graphs.replay(chunks)
+        ids, terms = self.graphs.replay(chunks)
         asking = [chunk for chunk in chunks if chunk.sampling is not None]
         if len(asking) < len(chunks):
             places = [i for i, chunk in enumerate(chunks) if chunk.sampling is not None]
             rows = upload(places, self.store.device, np.int64)
-            ids, logits = ids[rows], logits[rows]
+            ids, terms = ids[rows], terms[:, rows]
         if all(plain(chunk) for chunk in chunks):
             return ids
-        drawn = sample(logits, asking, self.seen)
+        drawn = sample(added(terms), asking, self.seen)
         self._remember(asking, drawn)
         return drawn
 

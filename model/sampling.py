@@ -110,7 +110,7 @@ def sample(logits: torch.Tensor, chunks: Sequence[Chunk], seen: Seen) -> torch.T
 
     temperatures = upload([warmth(s) for s in wanted], device, np.float32)
     keys = upload(noise_keys(chunks), device)
-    ids = draw(logits, temperatures, keys)
+    ids = draw(logits[None], temperatures, keys)
     filtered = [i for i, s in enumerate(wanted) if warmth(s) and _filtered(s)]
     if filtered:
         rows = upload(filtered, device, np.int64)

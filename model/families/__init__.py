@@ -42,7 +42,10 @@ class Family(Protocol):
 
     def block_fields(self, block_size: int) -> list[Field]: ...
 
-    def forward(self, batch: Batch, store: Store) -> torch.Tensor: ...
+    def forward(self, batch: Batch, store: Store) -> torch.Tensor:
+        """Fold the batch into the store; the logits of the R rows to sample, as terms
+        [S, R, V] float32 of which they are the sum (kernels/logits.py)."""
+        ...
 
 
 FAMILIES: dict[str, Callable[[Fields, Parameters], Family]] = {
@@ -71,9 +74,19 @@ def build(fields: Fields, parameters: Parameters) -> Family:
     return family(fields, parameters)
 
 
-def logits_of(model: Family, batch: Batch, store: Store) -> torch.Tensor:
+def terms_of(model: Family, batch: Batch, store: Store) -> torch.Tensor:
     """The model's forward, with -inf for ids that no token stands behind: drawing and
     log-probabilities alike know of tokens alone."""
-    logits = model.forward(batch, store)
-    logits[:, model.drawable :] = -math.inf
-    return logits
+    terms = model.forward(batch, store)
+    terms[0, :, model.drawable :] = -math.inf
+    return terms
+
+
+def logits_of(model: Family, batch: Batch, store: Store) -> torch.Tensor:
+    """The same added up, [R, V] float32."""
+    return added(terms_of(model, batch, store))
+
+
+def added(terms: torch.Tensor) -> torch.Tensor:
+    """terms [S, R, V] -> logits [R, V]; those themselves where there is one term."""
+    return terms[0] if len(terms) == 1 else terms[0] + terms[1]

@@ -328,7 +328,7 @@ class MiniMax:
         return fields
 
     def forward(self, batch: Batch, store: Store) -> torch.Tensor:
-        """Fold the batch into the store; logits [R, V] float32 of the rows to sample."""
+        """Fold the batch into the store; terms [S, R, V] of the logits of the rows to sample."""
         c = self.config
         cos, sin = rotary_angles(batch.positions, self.frequencies)
         step = Step(batch, store, cos, sin)

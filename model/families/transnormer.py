@@ -167,7 +167,7 @@ class TransNormer:
         return []
 
     def forward(self, batch: Batch, store: Store) -> torch.Tensor:
-        """Fold the batch into the store; logits [R, V] float32 of the rows to sample."""
+        """Fold the batch into the store; terms [S, R, V] of the logits of the rows to sample."""
         x, f = F.embedding(batch.ids, self.embedding), None
         residual = Residual(x, f, None, EPS, alpha=self.config.embedding_scale)
         last = len(self.mixers) - 1

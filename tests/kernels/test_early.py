@@ -180,7 +180,7 @@ class Step:
         h = h + quantized(h, torch.int8).scales[:, None].to(h.dtype)
         logits = self.product(h, self.qkv, out_dtype=torch.float32)
         ids = torch.empty(N, dtype=torch.int64, device=DEVICE)
-        sampling._triton(logits, self.temperatures, self.starts, ids)
+        sampling._triton(logits[None], self.temperatures, self.starts, ids)
         add_rmsnorm_(self.x, h, None, 1e-6)
         self.x += (ids % 7)[:, None]
         self.starts += 1

@@ -177,7 +177,7 @@ def test_both_ways_are_the_same(M, post, weighted, monkeypatch):
             r = Residual(x.clone(), added, weight, 1e-5, **scale, post=post)
             made += residual_linear(r, w, pair=pair)
             r = Residual(x.clone(), added, weight, 1e-5, **scale, post=post)
-            made.append(residual_logits(r, w2))
+            made.append(residual_logits(r, w2).sum(0))
         made += [linear(x, w), pair_linear(x, w, pair)]
         made += [gate_linear(x, gate, weight, 1e-6, w2, sigmoid=post)]
         return made

@@ -18,7 +18,7 @@ from kernels.quantize import Quantized, quantized
 from model import runner as runner_module
 from model import weights
 from model.config import ConfigError, Fields
-from model.families import build
+from model.families import added, build
 from model.runner import ModelRunner, load_runner
 from model.weights import QUANTIZATIONS, Parameters, fingerprint, weight_files
 from tests.model.checkpoints import KINDS, LIGHTNING, SOFTMAX, bailing, write
@@ -248,5 +248,5 @@ def test_in_bfloat16_with_graphs(path: Path, quantization: str) -> None:
     last = again.chunk(1)
     assert small.graphs is not None and small.graphs.serve([last])
     small.sequences.keep([last])
-    replayed = small.graphs.replay([last])[1].cpu()
+    replayed = added(small.graphs.replay([last])[1]).cpu()
     assert off(replayed[0], logits_everywhere(small, ids)[-1]) < 0.02
