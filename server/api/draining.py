@@ -80,8 +80,14 @@ class DrainingServer(uvicorn.Server):
             f"steadystate {__version__} serves {service.model_id} at {self._url} on "
             f"{capacity.device}: {capacity.slots} slots of {capacity.state_bytes / 1e6:.3g} MB, "
             f"max_model_len {capacity.max_model_len or 'unbounded'}, "
-            f"ready after {time.monotonic() - self._begun:.1f} s"
+            f"ready after {time.monotonic() - self._begun:.1f} s ({_phases(service)})"
             + ("" if settings.keys or settings.host in ("127.0.0.1", "localhost", "::1")
                else "; open to all: there is no API key"),
             flush=True,
         )  # fmt: skip
+
+
+def _phases(service: Service) -> str:
+    """What the engine's start took, by phase."""
+    seconds = service.client.seconds.items()
+    return ", ".join(f"{phase} {value:.1f}" for phase, value in seconds)

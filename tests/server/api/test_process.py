@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -62,6 +63,7 @@ def test_from_start_to_sigterm(launch: Launch, tmp_path: Path) -> None:
     assert process.process.stdout is not None
     (line,) = process.process.stdout.read().splitlines()
     assert process.live.url in line and "tiny" in line and "cpu" in line
+    assert re.search(r"ready after \d+\.\d s \(load \d+\.\d\)", line)
 
 
 @pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM] * 2])
