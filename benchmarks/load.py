@@ -103,13 +103,16 @@ class Stream(asyncio.Protocol):
             self.done.set_result(None)
 
 
+def drawn(rng: random.Random, count: int, vocab: int) -> list[int]:
+    """Ids of a prompt; letters of a model of bytes."""
+    low, high = (256, vocab) if vocab > 1000 else (97, 123)
+    return [rng.randrange(low, high) for _ in range(count)]
+
+
 def streamed(host: str, rng: random.Random, prompt: int, tokens: int, vocab: int) -> bytes:
     """A request for so many tokens behind a prompt of drawn ids, as it is sent."""
     body = {
-        "prompt": [
-            rng.randrange(min(vocab, 256), vocab) if vocab > 1000 else rng.randrange(97, 123)
-            for _ in range(prompt)
-        ],
+        "prompt": drawn(rng, prompt, vocab),
         "max_tokens": tokens,
         "ignore_eos": True,
         "temperature": 1.0,

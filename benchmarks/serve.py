@@ -32,7 +32,7 @@ from typing import Any
 import msgspec
 import numpy
 
-from benchmarks.load import Load, Reply, allow_files, run
+from benchmarks.load import Load, Reply, allow_files, drawn, run
 from benchmarks.result import Row, write
 from benchmarks.served import checkpoint, engine_command, served
 from model.chunk import Sampling
@@ -118,7 +118,7 @@ def alone(
             encode(
                 Generate(
                     id=str(number),
-                    tokens=pack_tokens([rng.randrange(256) for _ in range(prompt)]),
+                    tokens=pack_tokens(drawn(rng, prompt, runner.capacity.vocab_size)),
                     sampling=Sampling(seed=number),
                     max_tokens=tokens,
                 )
