@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import random
@@ -105,6 +106,8 @@ async def watch(url: str, options: argparse.Namespace, vocab: int) -> Trace:
                 budget.append((time.monotonic(), int(float(found[1]))))
                 await asyncio.sleep(options.every)
 
+    gc.collect()
+    gc.freeze()  # else to walk what was imported makes gaps of its own
     prompts = [request(options.tokens, 1) for _ in range(options.rounds)]  # before anybody waits
     for _ in range(options.chats):
         chats.append((await send(request(options.prompt, options.chat_tokens)))[0])

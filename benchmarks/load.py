@@ -11,6 +11,7 @@ are due, whatever became of those before. Times are time.monotonic().
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 import resource
@@ -173,6 +174,8 @@ async def play(load: Load) -> list[Reply]:
 
 def _agreed() -> float:
     """Say that this process is ready; when all begin."""
+    gc.collect()
+    gc.freeze()  # else to walk what was prepared makes gaps of its own
     print(READY, flush=True)
     return float(sys.stdin.readline())
 

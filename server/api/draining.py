@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import socket
 import time
@@ -36,7 +37,8 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._url = url
-        self._announced = not announce
+        self._announces = announce
+        self._ready = False
         self._begun = time.monotonic()
         self._signals = 0
         self._deadline: float | None = None  # of draining
@@ -58,9 +60,12 @@ class DrainingServer(uvicorn.Server):
         """Ten times a second: whether to end now."""
         await super().on_tick(counter)
         service, now = self._service, time.monotonic()
-        if service.state == "ready" and not self._announced:
-            self._announced = True
-            self._announce()
+        if service.state == "ready" and not self._ready:
+            self._ready = True
+            gc.collect()
+            gc.freeze()  # what was loaded stays: to walk it again would hold up every stream
+            if self._announces:
+                self._announce()
         if self._signals and self._deadline is None:
             service.drain()
             self._deadline = now + service.settings.drain_seconds
