@@ -192,6 +192,7 @@ def main() -> None:
         if work.name in (options.only or goals) or not (options.only or goals)
     ]  # fmt: skip
     rows: list[Row] = []
+    held: list[float] = []  # GB of device memory after each prefill
     told = {} if rates is None else {
         "copy_TBps": rates.bandwidth / 1e12,
         "gemm_TFLOPs": rates.gemm / 1e12,
@@ -212,8 +213,12 @@ def main() -> None:
         print(rows[-1], values, flush=True)
         if work.name.startswith("prefill"):
             name = f"{options.config.name} device memory, {work.name}"
-            held = runner.device_memory() / 1e9
-            rows.append(Row(work=name, value=held, unit="GB", better="lower"))
+            held.append(runner.device_memory() / 1e9)
+            rows.append(Row(work=name, value=held[-1], unit="GB", better="lower"))
+            if len(held) > 1 and not runner.capacity.blocks:
+                more = Row(work=f"{name}, over the first", value=held[-1] / held[0], unit="x",
+                           better="lower", goal=1.01)  # fmt: skip
+                rows.append(more)
         missing = [f"{options.config.name} {work.name}" for work in works[number:]]
         write("engine", rows, name=f"engine-{options.config.name}", missing=missing,
               startup_seconds=runner.seconds, **told)  # fmt: skip

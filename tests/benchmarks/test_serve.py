@@ -40,26 +40,30 @@ def test_the_engine_alone(shape: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Work("decode-3", 3, 4, 5, "ms a step"), Work("prefill-64", 1, 64, 1, "s"),
     ]  # fmt: skip
     monkeypatch.setattr(engine, "WORKS", works)
-    monkeypatch.setattr(engine, "GOALS", {"MiniMaxForCausalLM": {"decode-1": 1, "prefill-40": 2}})
+    monkeypatch.setattr(
+        engine, "GOALS", {"MiniMaxForCausalLM": {w.name: 1 for w in works[:2] + works[3:]}}
+    )
     monkeypatch.setattr("sys.argv", ["engine", str(shape)])
     ended = RuntimeError("the run is ended")
     run, ran = engine.run, []
 
     def one_work(loop: Any, mailbox: Any, work: Work, vocab: int, seed: int) -> float:
         ran.append(work.name)
-        if work.name == "prefill-40" and ran.count(work.name) == 1:
+        if work.name == "prefill-64" and ran.count(work.name) == 1:
             raise ended
         return run(loop, mailbox, work, vocab, seed)
 
     monkeypatch.setattr(engine, "run", one_work)
     with pytest.raises(RuntimeError, match="ended"):
         engine.main()
-    assert written(shape, "engine")["missing"] == ["tiny prefill-40"]
+    assert written(shape, "engine")["missing"] == ["tiny prefill-64"]
     engine.main()
     told = written(shape, "engine")
     assert "missing" not in told and set(told["startup_seconds"]) >= {"load", "memory", "warm_up"}
     rows = {row["work"]: row for row in told["rows"]}
-    assert list(rows) == ["tiny decode-1", "tiny prefill-40", "tiny device memory, prefill-40"]
+    memory = "tiny device memory, prefill"
+    prefills = ["tiny prefill-40", f"{memory}-40", "tiny prefill-64", f"{memory}-64"]
+    assert list(rows) == ["tiny decode-1", *prefills, f"{memory}-64, over the first"]
     assert all(row["value"] > 0 for row in rows.values()) and rows["tiny decode-1"]["goal"] == 1
 
 
