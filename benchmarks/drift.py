@@ -10,7 +10,7 @@ Triton kernels run, elsewhere the CPU's paths.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -53,26 +53,37 @@ def pieces(total: int, seed: int, device: torch.device) -> Iterator[tuple[torch.
         yield tuple(torch.randn(n, *shape, generator=generator, device=device) for _ in range(3))
 
 
-def decode(dtype: torch.dtype, steps: int, device: torch.device) -> list[float]:
-    """Errors by slope after `steps` tokens, one at a time."""
+def states_of(dtypes: Sequence[torch.dtype], device: torch.device) -> list[torch.Tensor]:
+    """States [1, H, d, d] of each dtype, in which nobody has written."""
+    shape = 1, len(SLOPES), DIM, DIM
+    return [torch.empty(shape, dtype=dtype, device=device) for dtype in dtypes]
+
+
+def decode(
+    dtypes: Sequence[torch.dtype], steps: int, device: torch.device
+) -> dict[torch.dtype, list[float]]:
+    """Errors by dtype and slope after `steps` tokens, one at a time."""
     slopes = torch.tensor(SLOPES, device=device)
-    states = torch.empty(1, len(SLOPES), DIM, DIM, dtype=dtype, device=device)
+    held = states_of(dtypes, device)
     slot = torch.zeros(1, dtype=torch.int32, device=device)
     reference = Reference(slopes)
     start = torch.zeros(1, dtype=torch.int64, device=device)
     for q, k, v in pieces(steps, 1, device):
         for t in range(len(q)):
             one = slice(t, t + 1)
-            lightning_decode(q[one], k[one], v[one], slopes, 1.0, states, slot, start)
+            for states in held:
+                lightning_decode(q[one], k[one], v[one], slopes, 1.0, states, slot, start)
             start += 1
         reference.fold(k, v)
-    return reference.error(states[0])
+    return {states.dtype: reference.error(states[0]) for states in held}
 
 
-def prefill(dtype: torch.dtype, tokens: int, device: torch.device) -> list[float]:
-    """Errors by slope after `tokens` tokens in chunks of PIECE."""
+def prefill(
+    dtypes: Sequence[torch.dtype], tokens: int, device: torch.device
+) -> dict[torch.dtype, list[float]]:
+    """Errors by dtype and slope after `tokens` tokens in chunks of PIECE."""
     slopes = torch.tensor(SLOPES, device=device)
-    states = torch.empty(1, len(SLOPES), DIM, DIM, dtype=dtype, device=device)
+    held = states_of(dtypes, device)
     slot = torch.zeros(1, dtype=torch.int32, device=device)
     reference = Reference(slopes)
     start = 0
@@ -80,10 +91,11 @@ def prefill(dtype: torch.dtype, tokens: int, device: torch.device) -> list[float
         rows = torch.tensor([0, len(q)], dtype=torch.int32, device=device)
         starts = torch.tensor([start], device=device)
         packing = Packing((len(q),), rows, slot, starts)
-        lightning_prefill(q, k, v, slopes, 1.0, states, packing)
+        for states in held:
+            lightning_prefill(q, k, v, slopes, 1.0, states, packing)
         start += len(q)
         reference.fold(k, v)
-    return reference.error(states[0])
+    return {states.dtype: reference.error(states[0]) for states in held}
 
 
 def main() -> None:
@@ -97,8 +109,7 @@ def main() -> None:
         ("decode", decode, options.steps),
         ("prefill", prefill, options.tokens),
     ):
-        exact = run(torch.float32, count, device)
-        small = run(torch.bfloat16, count, device)
+        exact, small = run((torch.float32, torch.bfloat16), count, device).values()
         for slope, error, other in zip(SLOPES, exact, small, strict=True):
             rows.append(
                 Row(

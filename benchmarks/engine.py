@@ -9,21 +9,20 @@ second run of each work counts. The floor of a decode step: every weight that it
 states read and written once, at the copy bandwidth measured in the same run. That of a prefill: its
 products at the rate of a GEMM and causal attention at cuDNN's, both measured in the same run.
 Beside a prefill stands the most device memory that was reserved by its end: a pure model's does not
-grow with the prompt. What was measured is written even if the run is ended before its time.
+grow with the prompt. The file of results is written after each work and names those that are still
+to come: a run may be ended at any time.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import signal
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 
 import msgspec
+import numpy
 import torch
 
 from benchmarks.result import Row, write
@@ -32,7 +31,7 @@ from model.chunk import Sampling
 from model.config import Fields
 from model.runner import ModelRunner, load_runner
 from server.engine.loop import Loop
-from server.protocol import FromEngine, Generate, Step, pack_tokens
+from server.protocol import FromEngine, Generate, Step
 
 PROMPT, END = 16, 529
 
@@ -87,15 +86,15 @@ GOALS: dict[str, dict[str, float | None]] = {
 
 def run(loop: Loop, mailbox: Mailbox, work: Work, vocab: int, seed: int) -> float:
     """The work's value."""
-    rng = Random(seed)
+    rng = numpy.random.default_rng(seed)
     encode = msgspec.msgpack.Encoder().encode
     for i in range(work.count):
-        ids = [rng.randrange(vocab) for _ in range(work.prompt)]
+        ids = rng.integers(vocab, size=work.prompt, dtype=numpy.int32)
         mailbox.inbox.append(
             encode(
                 Generate(
                     id=f"{work.name}-{seed}-{i}",
-                    tokens=pack_tokens(ids),
+                    tokens=ids.tobytes(),
                     sampling=Sampling(temperature=1.0, seed=i),
                     max_tokens=work.tokens,
                 )
@@ -188,36 +187,41 @@ def main() -> None:
     gc.freeze()
     fields = Fields.read(options.config)
     goals = GOALS.get(fields.architecture, {})
+    works = [
+        work for work in WORKS
+        if work.name in (options.only or goals) or not (options.only or goals)
+    ]  # fmt: skip
     rows: list[Row] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
-    try:
-        for work in WORKS:
-            named = options.only is None or work.name in options.only
-            if not named or (options.only is None and goals and work.name not in goals):
-                continue
-            values = [run(loop, mailbox, work, runner.capacity.vocab_size, seed) for seed in (1, 2)]
-            rows.append(
-                Row(
-                    work=f"{options.config.name} {work.name}",
-                    value=values[-1],
-                    unit=work.unit,
-                    better="lower",
-                    floor=None if rates is None else floor(runner, fields, work, rates),
-                    goal=goals.get(work.name),
-                )
+    held: list[float] = []  # GB of device memory after each prefill
+    told = {} if rates is None else {
+        "copy_TBps": rates.bandwidth / 1e12,
+        "gemm_TFLOPs": rates.gemm / 1e12,
+        "attention_TFLOPs": rates.attention / 1e12,
+    }  # fmt: skip
+    for number, work in enumerate(works, 1):
+        values = [run(loop, mailbox, work, runner.capacity.vocab_size, seed) for seed in (1, 2)]
+        rows.append(
+            Row(
+                work=f"{options.config.name} {work.name}",
+                value=values[-1],
+                unit=work.unit,
+                better="lower",
+                floor=None if rates is None else floor(runner, fields, work, rates),
+                goal=goals.get(work.name),
             )
-            print(rows[-1].work, values, flush=True)
-            if work.name.startswith("prefill"):
-                name = f"{options.config.name} device memory, {work.name}"
-                held = runner.device_memory() / 1e9
-                rows.append(Row(work=name, value=held, unit="GB", better="lower"))
-    finally:
-        told = {} if rates is None else {
-            "copy_TBps": rates.bandwidth / 1e12,
-            "gemm_TFLOPs": rates.gemm / 1e12,
-            "attention_TFLOPs": rates.attention / 1e12,
-        }  # fmt: skip
-        write("engine", rows, name=f"engine-{options.config.name}", **told)
+        )
+        print(rows[-1], values, flush=True)
+        if work.name.startswith("prefill"):
+            name = f"{options.config.name} device memory, {work.name}"
+            held.append(runner.device_memory() / 1e9)
+            rows.append(Row(work=name, value=held[-1], unit="GB", better="lower"))
+            if len(held) > 1 and not runner.capacity.blocks:
+                more = Row(work=f"{name}, over the first", value=held[-1] / held[0], unit="x",
+                           better="lower", goal=1.01)  # fmt: skip
+                rows.append(more)
+        missing = [f"{options.config.name} {work.name}" for work in works[number:]]
+        write("engine", rows, name=f"engine-{options.config.name}", missing=missing,
+              startup_seconds=runner.seconds, **told)  # fmt: skip
 
 
 if __name__ == "__main__":

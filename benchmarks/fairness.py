@@ -5,18 +5,22 @@
 So many chats generate without end; then prompts come, one when the one before has been answered. A
 server is started as a user starts it and asked over HTTP, first without a target, then with one.
 ITL is the time between two frames of a chat, as its client sees it: `before` the first prompt, and
-`during` the reading of any. The budget of steps is read off /metrics meanwhile. Without a GPU
-prompts have 20,000 tokens and chats are 8.
+`during` the reading of any; `lift` is by how much that is longer. The budget of steps is read off
+/metrics meanwhile. Without a GPU prompts have 20,000 tokens and chats are 8. The file of results is
+written after each server: a run may be ended at any time.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import random
 import re
+import signal
+import sys
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -27,7 +31,7 @@ from urllib.parse import urlsplit
 import httpx
 import numpy
 
-from benchmarks.load import Stream, streamed
+from benchmarks.load import Stream, allow_files, streamed
 from benchmarks.result import Row, write
 from benchmarks.served import checkpoint, served
 from server.settings import Settings
@@ -82,10 +86,17 @@ async def watch(url: str, options: argparse.Namespace, vocab: int) -> Trace:
     chats: list[Stream] = []
     budget: list[tuple[float, int]] = []
 
-    async def send(prompt: int, tokens: int) -> tuple[Stream, asyncio.Future[None]]:
+    def request(prompt: int, tokens: int) -> bytes:
+        return streamed(parts.netloc, rng, prompt, tokens, vocab)
+
+    async def send(data: bytes) -> tuple[Stream, asyncio.Future[None]]:
         _, stream = await loop.create_connection(Stream, parts.hostname, parts.port)
-        data = await asyncio.to_thread(streamed, parts.netloc, rng, prompt, tokens, vocab)
         return stream, stream.send(data, time.monotonic())
+
+    def check() -> None:
+        for chat in chats:
+            if chat.done is None or chat.done.done():
+                raise RuntimeError(f"a chat ended: {chat.reply and chat.reply.error!r}")
 
     async def sample() -> None:
         async with httpx.AsyncClient(base_url=url) as client:
@@ -95,20 +106,25 @@ async def watch(url: str, options: argparse.Namespace, vocab: int) -> Trace:
                 budget.append((time.monotonic(), int(float(found[1]))))
                 await asyncio.sleep(options.every)
 
+    gc.collect()
+    gc.freeze()  # else to walk what was imported makes gaps of its own
+    prompts = [request(options.tokens, 1) for _ in range(options.rounds)]  # before anybody waits
     for _ in range(options.chats):
-        chats.append((await send(options.prompt, options.chat_tokens))[0])
+        chats.append((await send(request(options.prompt, options.chat_tokens)))[0])
     while not all(chat.reply and chat.reply.frames for chat in chats):
+        check()
         await asyncio.sleep(0.01)
     settled = time.monotonic()
     sampling = asyncio.create_task(sample())
     await asyncio.sleep(options.seconds)
     reads: list[tuple[float, float]] = []
-    for _ in range(options.rounds):
-        long, done = await send(options.tokens, 1)
+    for data in prompts:
+        long, done = await send(data)
         await done
         assert long.reply is not None
-        if long.reply.error or any(chat.done is None or chat.done.done() for chat in chats):
-            raise RuntimeError(f"a request failed: {long.reply.error}")
+        if long.reply.error:
+            raise RuntimeError(f"a long prompt failed: {long.reply.error}")
+        check()
         reads.append((long.reply.sent, long.reply.frames[0]))
         long.close()
     await asyncio.sleep(options.seconds / 4)
@@ -139,6 +155,10 @@ def rows_of(name: str, trace: Trace, tokens: int, target: float | None) -> list[
         for when, gaps in works.items()
         for percent in PERCENTILES
     ]
+    lift = rows[-1].value - rows[len(PERCENTILES) - 1].value
+    rows.append(
+        Row(work=f"ITL p99 lift, {name}", value=lift, unit="ms", better="lower", goal=target)
+    )
     whole = [first - sent for sent, first in trace.reads]
     read = [t for at, t in trace.budget if any(a <= at <= b for a, b in trace.reads)]
     rows.append(
@@ -179,11 +199,14 @@ def main() -> None:
     add("--every", type=float, default=0.1, help="seconds between looks at the budget")
     add("--threads", type=int, default=None)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # and the server ends as well
+    allow_files()
     rows: list[Row] = []
     lines: dict[str, Any] = {}
     with checkpoint(str(SHAPES / options.shape) if options.shape else options.model) as settings:
         vocab = json.loads((settings.model_path / "config.json").read_text())["vocab_size"]
-        for target in (None, options.target_itl_ms):
+        names = {None: "no target", options.target_itl_ms: f"target {options.target_itl_ms:g} ms"}
+        for target, name in names.items():
             asked = {
                 "port": 0, "log_level": "warning", "prefix_caching": False,
                 "max_running": options.chats + 1, "max_step_tokens": options.max_step_tokens,
@@ -191,12 +214,14 @@ def main() -> None:
                 "target_itl_ms": target,
             }  # fmt: skip
             settings = Settings(**settings.model_dump() | asked)
-            name = "no target" if target is None else f"target {target:g} ms"
             with served(settings) as url:
                 trace = asyncio.run(watch(url, options, vocab))
             rows += rows_of(name, trace, options.tokens, target)
             lines[name] = trace.line()
-    write("fairness", rows, model=options.shape or options.model, chats=options.chats, lines=lines)
+            missing = [name for name in names.values() if name not in lines]
+            write("fairness", rows, missing=missing, model=options.shape or options.model,
+                  chats=options.chats, lines=lines)  # fmt: skip
+            print(*rows, sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 MODEL is as in benchmarks.serve. With --bpe a byte-level BPE tokenizer of so many tokens, with
 Llama 3's way to split, is trained on the texts, and MODEL's config.json gets this vocabulary and
 random weights. The floor is the larger of the two times; everything is the best of --rounds.
-`prefill begins` is the time from the request to the engine's first step with its tokens.
+`prefill begins` is the time from the request to the engine's first step with its tokens. The file
+of results is written after each text and names those that are still to come.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import argparse
 import asyncio
 import json
 import os
+import signal
+import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -150,6 +153,12 @@ def main() -> None:
     options = parser.parse_args()
     threads = options.threads or len(os.sched_getaffinity(0))
     rows: list[Row] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # and the server ends as well
+    missing = {
+        (size, vocab): f"{size:,} bytes" + (f", BPE of {vocab:,}" if vocab else "")
+        for size in options.bytes
+        for vocab in options.bpe or [0]
+    }
     for size in options.bytes:
         text = text_of(options.text, size)
         for vocab in options.bpe or [0]:
@@ -183,8 +192,9 @@ def main() -> None:
                 for work, (value, unit, floor, goal) in values.items()
             ]
             for row in rows[-5:]:
-                print(f"{row.work}: {row.value:.4g} {row.unit}", flush=True)
-    write("first_token", rows)
+                print(row, flush=True)
+            del missing[size, vocab]
+            write("first_token", rows, missing=list(missing.values()))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
 """Load on a server: streams of /v1/completions as they come, by raw sockets on uvloop.
 
-    python -m benchmarks.load < SPEC     one process of clients; a line of JSON says what happened
+    python -m benchmarks.load     one process of clients
 
-In a closed loop each of `streams` sends its next request when its last one has ended; in an open
-one requests come when they are due, whatever became of those before. Times are time.monotonic().
+It reads a load, a line of JSON, prepares its requests and says that it is ready. All begin together
+at the time that it reads then, and a line of JSON tells what happened. In a closed loop each of
+`streams` sends its next request when its last one has ended; in an open one requests come when they
+are due, whatever became of those before. Times are time.monotonic().
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -20,16 +24,16 @@ from urllib.parse import urlsplit
 
 import uvloop
 
-STARTING_SECONDS = 1.5  # until all processes are there and connected
+STARTING_SECONDS = 0.1  # for all processes to hear when they begin
+READY = "ready"
 
 
 @dataclass(slots=True, kw_only=True)
 class Load:
     """What one process of clients sends. `dues`: when requests come in an open loop, in seconds
-    after `begin`; empty: a closed loop."""
+    after the beginning; empty: a closed loop."""
 
     url: str
-    begin: float
     streams: int
     requests: int  # of each stream
     prompt: int
@@ -100,13 +104,16 @@ class Stream(asyncio.Protocol):
             self.done.set_result(None)
 
 
+def drawn(rng: random.Random, count: int, vocab: int) -> list[int]:
+    """Ids of a prompt; letters of a model of bytes."""
+    low, high = (256, vocab) if vocab > 1000 else (97, 123)
+    return [rng.randrange(low, high) for _ in range(count)]
+
+
 def streamed(host: str, rng: random.Random, prompt: int, tokens: int, vocab: int) -> bytes:
     """A request for so many tokens behind a prompt of drawn ids, as it is sent."""
     body = {
-        "prompt": [
-            rng.randrange(min(vocab, 256), vocab) if vocab > 1000 else rng.randrange(97, 123)
-            for _ in range(prompt)
-        ],
+        "prompt": drawn(rng, prompt, vocab),
         "max_tokens": tokens,
         "ignore_eos": True,
         "temperature": 1.0,
@@ -122,14 +129,15 @@ def streamed(host: str, rng: random.Random, prompt: int, tokens: int, vocab: int
 
 
 async def play(load: Load) -> list[Reply]:
-    """Send it all and gather the replies."""
+    """Prepare it, wait for the word, send it all and gather the replies."""
     parts = urlsplit(load.url)
     rng = random.Random(load.seed)
     loop = asyncio.get_running_loop()
     replies: list[Reply] = []
 
-    def request() -> bytes:
-        return streamed(parts.netloc, rng, load.prompt, load.tokens, load.vocab)
+    def requests(count: int) -> list[bytes]:
+        ask = (parts.netloc, rng, load.prompt, load.tokens, load.vocab)
+        return [streamed(*ask) for _ in range(count)]
 
     async def connect() -> Stream:
         _, stream = await loop.create_connection(Stream, parts.hostname, parts.port)
@@ -140,29 +148,41 @@ async def play(load: Load) -> list[Reply]:
         assert stream.reply is not None
         replies.append(stream.reply)
 
-    async def closed() -> None:
-        stream = await connect()
-        requests = [request() for _ in range(load.requests)]
-        await asyncio.sleep(load.begin - time.monotonic())
-        for data in requests:
+    async def closed(stream: Stream, own: list[bytes], begin: float) -> None:
+        await asyncio.sleep(begin - time.monotonic())
+        for data in own:
             await ask(stream, data, time.monotonic())
+        stream.close()
 
-    async def opened(after: float) -> None:
-        data, due = request(), load.begin + after
+    async def opened(data: bytes, due: float) -> None:
         await asyncio.sleep(due - time.monotonic())
-        await ask(await connect(), data, due)
+        stream = await connect()
+        await ask(stream, data, due)
+        stream.close()  # else there are as many as there were requests
 
     if load.dues:
-        await asyncio.gather(*map(opened, load.dues))
+        datas = requests(len(load.dues))
+        begin = await asyncio.to_thread(_agreed)
+        dues = (begin + due for due in load.dues)
+        await asyncio.gather(*map(opened, datas, dues))
     else:
-        await asyncio.gather(*(closed() for _ in range(load.streams)))
+        works = [(await connect(), requests(load.requests)) for _ in range(load.streams)]
+        begin = await asyncio.to_thread(_agreed)
+        await asyncio.gather(*(closed(*work, begin) for work in works))
     return replies
+
+
+def _agreed() -> float:
+    """Say that this process is ready; when all begin."""
+    gc.collect()
+    gc.freeze()  # else to walk what was prepared makes gaps of its own
+    print(READY, flush=True)
+    return float(sys.stdin.readline())
 
 
 def run(load: Load, processes: int) -> list[Reply]:
     """The load, shared among processes of clients."""
-    load.begin = time.monotonic() + STARTING_SECONDS
-    started = []
+    started: list[subprocess.Popen[str]] = []
     for number in range(processes):
         share = asdict(load) | {
             "streams": len(range(number, load.streams, processes)),
@@ -176,9 +196,18 @@ def run(load: Load, processes: int) -> list[Reply]:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert process.stdin is not None
-        process.stdin.write(json.dumps(share))
-        process.stdin.close()
+        process.stdin.write(json.dumps(share) + "\n")
+        process.stdin.flush()
         started.append(process)
+    for process in started:
+        assert process.stdout is not None
+        if process.stdout.readline().strip() != READY:
+            raise RuntimeError("a client did not get ready")
+    begin = time.monotonic() + STARTING_SECONDS
+    for process in started:
+        assert process.stdin is not None
+        process.stdin.write(f"{begin}\n")
+        process.stdin.close()
     replies: list[Reply] = []
     for process in started:
         assert process.stdout is not None
@@ -191,8 +220,14 @@ def run(load: Load, processes: int) -> list[Reply]:
     return replies
 
 
+def allow_files() -> None:
+    """Let this process and those that it starts have as many connections as there may be."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def main() -> None:
-    load = Load(**json.loads(sys.stdin.read()))
+    load = Load(**json.loads(sys.stdin.readline()))
     replies = uvloop.run(play(load))
     json.dump([asdict(reply) for reply in replies], sys.stdout)
 

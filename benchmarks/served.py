@@ -90,7 +90,10 @@ def served(settings: Settings) -> Iterator[str]:
             yield line.partition(" at ")[2].split()[0]
         finally:
             process.terminate()
-            process.wait(30)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()  # its engine sees that and ends
             process.stdout.close()
 
 

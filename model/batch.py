@@ -18,7 +18,8 @@ class Batch:
     """T tokens of N sequences. The first `singles` sequences have one row each, the rest follow.
 
     ids [T], positions [T] int64; packing: all sequences; tail: those after the singles, with rows
-    counted from the first of them; tables [slots, most blocks] int32, every slot's blocks;
+    counted from the first of them, and ends [N - singles] int64, the positions at which they end;
+    tables [slots, most blocks] int32, every slot's blocks;
     sample_rows [R] int64: rows whose logits are asked for, in the order of the batch; None: all.
     """
 
@@ -27,6 +28,7 @@ class Batch:
     singles: int
     packing: Packing
     tail: Packing | None
+    ends: torch.Tensor | None
     tables: torch.Tensor
     sample_rows: torch.Tensor | None
 
@@ -50,6 +52,7 @@ class Batch:
             np.concatenate([np.asarray(chunk.tokens, dtype=np.int64) for chunk in chunks]),
             np.arange(rows[-1], dtype=np.int64) + np.repeat(starts - offsets, lengths),
             starts,
+            (starts + lengths)[singles:],
             np.array(
                 [rows[i + 1] - 1 for i, c in enumerate(chunks) if c.sampling is not None],
                 dtype=np.int64,
@@ -61,7 +64,7 @@ class Batch:
             cu_seqlens[singles:] - singles,
             np.array([chunk.slot for chunk in chunks], dtype=np.int32),
         )
-        ids, positions, starts_, sample_rows, cu, tail_cu, slots = _transfer(
+        ids, positions, starts_, ends, sample_rows, cu, tail_cu, slots = _transfer(
             long, short, sequences.device
         )
         if any(chunk.tokens[0] == PENDING for chunk in chunks[:singles]):
@@ -77,6 +80,7 @@ class Batch:
             singles=singles,
             packing=Packing(lengths, cu, slots, starts_, past),
             tail=tail,
+            ends=ends,
             tables=sequences.tables,
             sample_rows=sample_rows,
         )

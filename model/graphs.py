@@ -134,6 +134,7 @@ class DecodeGraphs:
             singles=size,
             packing=Packing((1,) * size, self._cu_seqlens[: size + 1], slots, positions),
             tail=None,
+            ends=None,
             tables=self._sequences.tables,
             sample_rows=None,
         )

@@ -71,7 +71,7 @@ class Lightning:
         if batch.tail is None:
             return self._decode(q, k, v, batch.packing, store)
         if n == 0:
-            return self._prefill(q, k, v, batch.tail, store)
+            return self._prefill(q, k, v, batch, store)
         head = Packing(
             batch.packing.lengths[:n],
             batch.packing.cu_seqlens[: n + 1],
@@ -79,7 +79,7 @@ class Lightning:
             batch.packing.starts[:n],
         )
         decoded = self._decode(q[:n], k[:n], v[:n], head, store)
-        return torch.cat((decoded, self._prefill(q[n:], k[n:], v[n:], batch.tail, store)))
+        return torch.cat((decoded, self._prefill(q[n:], k[n:], v[n:], batch, store)))
 
     def _rings(self, store: Store) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Keys, values and how far each state is folded; None without rings."""
@@ -102,12 +102,13 @@ class Lightning:
         return lightning_ring_decode(q, k, v, self.slopes, self.scale, *where, drafts=spared)
 
     def _prefill(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Packing, store: Store
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, store: Store
     ) -> torch.Tensor:
+        rows = batch.tail
+        assert rows is not None and batch.ends is not None
         states = store.slots.views[f"state.{self.index}"]
         rings = self._rings(store)
         if rings is not None:
-            ends = rows.starts + rows.cu_seqlens.diff()
-            where = states, *rings, rows.slots, rows.starts, ends
+            where = states, *rings, rows.slots, rows.starts, batch.ends
             lightning_ring_fold(self.slopes, *where, drafts=drafts(rings[0].shape[2]))
         return lightning_prefill(q, k, v, self.slopes, self.scale, states, rows)

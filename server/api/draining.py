@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import socket
 import time
@@ -36,7 +37,8 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._url = url
-        self._announced = not announce
+        self._announces = announce
+        self._ready = False
         self._begun = time.monotonic()
         self._signals = 0
         self._deadline: float | None = None  # of draining
@@ -58,9 +60,12 @@ class DrainingServer(uvicorn.Server):
         """Ten times a second: whether to end now."""
         await super().on_tick(counter)
         service, now = self._service, time.monotonic()
-        if service.state == "ready" and not self._announced:
-            self._announced = True
-            self._announce()
+        if service.state == "ready" and not self._ready:
+            self._ready = True
+            gc.collect()
+            gc.freeze()  # what was loaded stays: to walk it again would hold up every stream
+            if self._announces:
+                self._announce()
         if self._signals and self._deadline is None:
             service.drain()
             self._deadline = now + service.settings.drain_seconds
@@ -80,8 +85,14 @@ class DrainingServer(uvicorn.Server):
             f"steadystate {__version__} serves {service.model_id} at {self._url} on "
             f"{capacity.device}: {capacity.slots} slots of {capacity.state_bytes / 1e6:.3g} MB, "
             f"max_model_len {capacity.max_model_len or 'unbounded'}, "
-            f"ready after {time.monotonic() - self._begun:.1f} s"
+            f"ready after {time.monotonic() - self._begun:.1f} s ({_phases(service)})"
             + ("" if settings.keys or settings.host in ("127.0.0.1", "localhost", "::1")
                else "; open to all: there is no API key"),
             flush=True,
         )  # fmt: skip
+
+
+def _phases(service: Service) -> str:
+    """What the engine's start took, by phase."""
+    seconds = service.client.seconds.items()
+    return ", ".join(f"{phase} {value:.1f}" for phase, value in seconds)

@@ -33,10 +33,10 @@ class Encoder:
         """The text, cut where that is safe; the first piece is small."""
         start, size = 0, FIRST if len(text) > WHOLE else WHOLE
         while len(text) - start > size:
-            point, high = None, start + size
-            while point is None and high < len(text):
-                point = self.cuts.find(text, start, high)
-                high += size  # nowhere around here: the piece becomes longer
+            point, reach = None, size
+            while point is None and start + reach < len(text):
+                point = self.cuts.find(text, start, start + reach)
+                reach *= 2  # nowhere around here: the piece becomes longer
             if point is None:
                 break
             yield text[start:point]

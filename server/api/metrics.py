@@ -253,6 +253,14 @@ class Gauges(Collector):
         for state in STATES:
             family.add_metric([self._model, state], float(self.condition() == state))
         yield family
+        family = GaugeMetricFamily(
+            PREFIX + "startup_seconds",
+            "what the start of the engine took, by phase",
+            labels=["model_name", "phase"],
+        )
+        for phase, seconds in client.seconds.items() if client is not None else ():
+            family.add_metric([self._model, phase], seconds)
+        yield family
 
 
 class _Together(Collector):

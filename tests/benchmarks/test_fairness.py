@@ -21,6 +21,9 @@ def test_a_trace_tells_before_from_during() -> None:
     values = {row.work: row.value for row in rows_of("x", trace, 7, 25.0)}
     assert values["ITL p50 before, x"] == pytest.approx(15.0)
     assert values["first token of 7 tokens, x"] == pytest.approx(1.075)
+    assert values["ITL p99 lift, x"] == pytest.approx(
+        values["ITL p99 during, x"] - values["ITL p99 before, x"]
+    )
     assert values["step budget p50 during, x"] == 25.0
     line = trace.line()
     assert line["step_token_budget"] == [(-0.5, 100), (0.4, 20), (1.0, 30)]

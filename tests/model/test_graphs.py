@@ -109,11 +109,13 @@ def test_a_step_may_need_ids_that_the_host_has_not_read(path: Path) -> None:
     assert first == second and all(0 <= id < 97 for tokens in first for id in tokens)
 
 
+@pytest.mark.parametrize("prompts", [PROMPTS, [[31], [5], [8]]], ids=["long", "of one token"])
 def test_what_graphs_record_draws_what_eager_steps_draw(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]]
 ) -> None:
-    """The steps that are captured, run each time instead, with a row of padding."""
-    expected = generate(load(path), PROMPTS, 20, known=True)
+    """The steps that are captured, run each time instead, with a row of padding. A prompt of one
+    token is such a step too, in a slot that holds what nobody wrote."""
+    expected = generate(load(path), prompts, 20, known=True)
     runner, zeros = load(path), torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *a, pin_memory=False, **o: zeros(*a, **o))
     graphs = DecodeGraphs(runner.model, runner.store, runner.sequences, 4)
@@ -125,19 +127,20 @@ def test_what_graphs_record_draws_what_eager_steps_draw(
 
     monkeypatch.setattr(graphs, "replay", replay)
     runner.graphs = graphs
-    assert generate(runner, PROMPTS, 20, known=False) == expected
+    assert generate(runner, prompts, 20, known=False) == expected
 
 
 @pytest.mark.skipif(not CUDA, reason="a CUDA graph")
 @pytest.mark.parametrize("ring", [0, 8])
-def test_graphs_draw_what_eager_steps_draw(path: Path, ring: int) -> None:
+@pytest.mark.parametrize("prompts", [PROMPTS, [[31], [5], [8]]], ids=["long", "of one token"])
+def test_graphs_draw_what_eager_steps_draw(path: Path, ring: int, prompts: list[list[int]]) -> None:
     runner = load(path, ring)
     assert runner.graphs is not None
-    replayed = generate(runner, PROMPTS, 40, known=False)
+    replayed = generate(runner, prompts, 40, known=False)
     untouched = runner.store.slots.views["state.0"][[0, 2, 5]]
     assert untouched.isnan().all()
     runner.graphs = None
-    assert generate(runner, PROMPTS, 40, known=True) == replayed
+    assert generate(runner, prompts, 40, known=True) == replayed
     assert runner.store.slots.views["state.0"][[0, 2, 5]].isnan().all()
 
 

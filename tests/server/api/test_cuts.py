@@ -27,7 +27,7 @@ from tokenizers import (
 )
 
 from server.api import encoder as sizes
-from server.api.cuts import GPT2, Cuts
+from server.api.cuts import GPT2, NEAR, TRIES, Cuts
 from server.api.encoder import Encoder, encode
 from server.api.pattern import NotUnderstoodError, Pattern
 from server.api.tokenizer import Tokenizer as OurTokenizer
@@ -270,6 +270,23 @@ def test_long_monotonous_texts(name: str, kind: str) -> None:
     assert joined(encoder, pieces) == encode(encoder.backend, text)
     if kind == "no newline" or (name == "recall" and kind != "a token's text"):
         assert len(pieces[0]) <= sizes.FIRST and max(map(len, pieces)) <= sizes.MOST
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_who_looks_for_a_point_gives_up_in_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search is on the event loop: in a text that has no safe point it takes but a moment."""
+    encoder, text, looked = family("llama3"), LONG[kind] * 8, 0
+    safe = Cuts.safe
+
+    def counted(cuts: Cuts, text: str, point: int) -> bool:
+        nonlocal looked
+        looked += 1
+        return safe(cuts, text, point)
+
+    monkeypatch.setattr(Cuts, "safe", counted)
+    pieces = list(encoder.pieces(text))
+    assert len(pieces) == 1 or kind == "no newline"
+    assert looked <= len(pieces) * (2 * TRIES + NEAR) * len(text).bit_length()
 
 
 @pytest.mark.parametrize("pattern", [GPT2, LLAMA3, POSSESSIVE, CASED, r"\p{N}{1,3}", r"\s"])

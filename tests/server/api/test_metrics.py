@@ -87,6 +87,7 @@ def test_gauges(slow: Live) -> None:
     assert (free, total) == (3_000_000, 4_000_000)
     assert states(slow) == {"starting": 0, "ready": 1, "draining": 0, "dead": 0}
     assert gauges["process_start_time_seconds"] > 1e9
+    assert gauges['startup_seconds{phase="load"}'] == 0
     body = {"prompt": "a", "max_tokens": 100_000, "ignore_eos": True, "stream": True, "n": 2}
     with slow.http.stream("POST", "/v1/completions", json=body) as response:
         lines = response.iter_lines()

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 
 from server import __version__
+from server.api.draining import DrainingServer
 from server.api.launch import python
 from server.api.service import Service
 from server.cli import main
@@ -62,6 +66,20 @@ def test_from_start_to_sigterm(launch: Launch, tmp_path: Path) -> None:
     assert process.process.stdout is not None
     (line,) = process.process.stdout.read().splitlines()
     assert process.live.url in line and "tiny" in line and "cpu" in line
+    assert re.search(r"ready after \d+\.\d s \(load \d+\.\d\)", line)
+
+
+def test_what_was_loaded_is_not_walked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full collection would hold up every stream, so the server's first act is the last one."""
+    done: list[str] = []
+    for name in ("collect", "freeze"):
+        monkeypatch.setattr(gc, name, partial(done.append, name))
+    service = Service(Settings(model="recall"))
+    server = DrainingServer(service, "http://127.0.0.1", announce=False)
+    for state, expected in (("starting", 0), ("ready", 2), ("ready", 2)):
+        service.state = state  # type: ignore[assignment]
+        assert not asyncio.run(server.on_tick(1))
+        assert done == ["collect", "freeze"][:expected]
 
 
 @pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM] * 2])
