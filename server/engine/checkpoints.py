@@ -28,8 +28,8 @@ class Checkpoints:
 
     queries, hits and saved count requests and tokens; misses count requests by reason:
     short: too few tokens to keep; new: it begins as nothing that was read before; parted: what it
-    shares with others ends before any checkpoint; evicted: there was one, and it was given up;
-    damaged: its file could not be read or was refused.
+    shares with others ends before any checkpoint; evicted: there was one, and it was given up, or
+    no room for it; damaged: its file could not be read or was refused.
     """
 
     REASONS = ("short", "new", "parted", "evicted", "damaged")
@@ -262,6 +262,8 @@ class Checkpoints:
         if kept:
             self._index(checkpoint, chain_of(request))
             request.kept.append(checkpoint)
+        else:
+            self.tree.miss(chain_of(request), checkpoint.position)
         self.sweep()
 
     def _index(self, checkpoint: Checkpoint, chain: Chain) -> None:
