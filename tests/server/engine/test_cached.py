@@ -187,3 +187,4 @@ def test_an_image_tells_nothing_of_who_was_there_before(models: Path) -> None:
         runner.copy([Copy(host, Place(image=image))])
         images.append({t.name: bytes(t.data) for t in image.tensors})
     assert images[0] == images[1]
+    assert not any(images[0]["ring_keys.0"])  # a prompt leaves nothing in the ring
