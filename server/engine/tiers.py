@@ -35,11 +35,19 @@ class Checkpoint:
     on_host: bool = False
     pins: int = 0
     rested: bool = False  # was saved for want of anything else to do
+    fresh: bool = False  # came from the disk, and nobody has begun with it yet
 
     @property
     def name(self) -> str:
         """As an owner of slots and blocks, and as a key on the host."""
         return f"checkpoint {self.number}"
+
+    @property
+    def tier(self) -> str:
+        """Where it is taken from by who begins with it now."""
+        if self.fresh:
+            return "disk"
+        return "host" if self.slot is None else "device"
 
     @property
     def gone(self) -> bool:

@@ -130,7 +130,8 @@ def test_running_sequences_come_first():
     assert len(tiers.device) == 0 and len(tiers.host) >= 4
     bench.finish()
     assert all(bench.result(message.id) == alone(message) for message in late)
-    assert ask(bench, generate("again", words(100, 0), 1)) == 1  # from the host
+    assert ask(bench, generate("again", words(100, 0), 1)) == 1
+    assert +bench.scheduler.checkpoints.found == {"host": 1}
 
 
 def test_one_slot_and_no_host_memory_serve_as_before():

@@ -131,6 +131,8 @@ def test_states_outlive_the_process(tmp_path: Path):
     assert ask(third, generate("b", [*document, 5, 6], 1, salt="s")) == 2  # found by its tokens
     assert ask(third, generate("c", [*document, 5, 6], 1)) == 302  # and salt
     assert third.scheduler.checkpoints.disk.shelf.load_seconds
+    assert ask(third, generate("d", [*document, 5, 7], 1, salt="s")) == 2
+    assert +third.scheduler.checkpoints.found == {"disk": 1, "device": 1}
 
 
 def test_a_damaged_file_is_computed_anew(tmp_path: Path):
