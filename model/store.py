@@ -139,6 +139,17 @@ class Store:
         slot, rows = (self._on_host(shape, torch.uint8) for shape in shapes)
         return slot, rows
 
+    def reserve(self, size: int) -> None:
+        """Pin so many bytes of host memory now, for slots that will be saved: else the system takes
+        milliseconds for each of the first ones, and steps wait for that."""
+        if self._leaving is None or not self.slots.bytes:
+            return
+        rows: list[torch.Tensor] = []  # given back to the allocator, which keeps what is pinned
+        for _ in range(size // (1 << (self.slots.bytes - 1).bit_length())):
+            rows.append(self._on_host((self.slots.bytes,), torch.uint8))
+            if not rows[-1].is_pinned():
+                break
+
     def restore(self, saved: Saved, slot: int, blocks: tuple[int, ...]) -> None:
         """Copy a saved state into a slot and blocks, as many blocks as were saved."""
         if len(blocks) != len(saved.blocks):

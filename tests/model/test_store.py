@@ -54,6 +54,17 @@ def no_memory(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="what a GPU does")
+def test_memory_that_was_pinned_before_is_what_states_leave_for() -> None:
+    store = filled("cuda")
+    each = 1 << (store.slots.bytes - 1).bit_length()
+    store.reserve(3 * each + 1)
+    before = torch.cuda.host_memory_stats()["num_host_alloc"]
+    kept = [store.save(slot, (), None) for slot in range(3)]
+    assert all(saved.slot.is_pinned() for saved in kept)
+    assert torch.cuda.host_memory_stats()["num_host_alloc"] == before
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tight", [False, True])
 def test_a_state_leaves_and_comes_back(
