@@ -109,6 +109,18 @@ class Server:
             return tokens / (time.perf_counter() - begin)
 
 
+def rested(directory: Path) -> None:
+    """Return once an idle server has written what it found worth a file, or after a while."""
+    seen: set[str] = set()
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        now = {path.name for path in (directory / "states").iterdir()}
+        if now == seen:
+            return
+        seen = now
+        time.sleep(0.25)
+
+
 def tier(server: Server, name: str, id: str, tokens: int, before: Callable[[], None]) -> float:
     """The median time to first token behind a context that lies in a tier."""
     times = []
@@ -145,11 +157,12 @@ def tiers(server: Server, tokens: int, directory: Path, *, beyond: int) -> list[
         os.close(descriptor)
 
     befores: dict[str, Callable[[], None]] = {
-        "device": lambda: None,
+        "device": lambda: rested(directory),
         "host": lambda: server.others(2 * SLOTS),
         "disk": from_disk,
     }
     server.first_token(context=context["id"], prompt="Why?")  # brings it to the device
+    rested(directory)
     rows = [
         Row(
             work=f"time to first token, context of {tokens:,} tokens, {name}",

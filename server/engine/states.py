@@ -49,6 +49,7 @@ class States:
         """Nothing is to be computed or expected: use the time."""
         if self.checkpoints.disk is not None:
             self.checkpoints.disk.rest()
+            self.checkpoints.sweep()
 
     def take_news(self) -> list[Output | Reply]:
         """What has come of files since the last time."""

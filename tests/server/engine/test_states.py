@@ -197,6 +197,17 @@ def test_idle_time_saves_what_is_worth_it(tmp_path: Path):
     assert ask(again, generate("a", words(300, 1), 1)) == 1
 
 
+def test_idle_time_makes_room_on_a_full_host(tmp_path: Path):
+    """What the host gives up for a state on its way to the disk is gone at once."""
+    bench = caching(directory=tmp_path, slots=3, host_bytes=SIZE + 100)
+    for n in range(4):
+        ask(bench, generate(f"{n}", words(300, n), 1))
+    for _ in range(8):
+        bench.scheduler.states.rest()
+        bench.finish()
+    assert len(bench.scheduler.checkpoints.disk.shelf.entries) == 4
+
+
 def test_a_full_disk_fails_the_read_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
