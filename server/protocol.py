@@ -163,8 +163,8 @@ class Reply(msgspec.Struct, tag=True, kw_only=True):
 
 class CacheStats(msgspec.Struct, kw_only=True):
     """Checkpoints: tokens of prompts looked up and saved, requests that hit by tier and that missed
-    by reason, all since the engine started; what lies in each tier; and how long files took to write
-    and to read since the last news."""
+    by reason, all since the engine started; what lies in each tier; and how long files took to
+    write and to read since the last news."""
 
     queried: int = 0
     saved: int = 0

@@ -163,7 +163,7 @@ class Admission:
         return need - (self.checkpoints.tiers.shared(found) if self.checkpoints else 0)
 
     def _hopeless(self, request: Request, found: Checkpoint | None, need: int) -> bool:
-        """Whether those who run, none of them less urgent, leave too few blocks whoever else goes."""
+        """Whether those who run, none less urgent, leave too few blocks whoever else goes."""
         blocks, running = self.holdings.blocks, self.running.order
         if blocks.free >= need or not running or running[-1].rank[0] > request.rank[0]:
             return False

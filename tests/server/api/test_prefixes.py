@@ -1,13 +1,14 @@
-"""Conversations over HTTP: a turn reads what is new in it, whatever the template does to the rest."""
+"""Conversations over HTTP: a turn reads what is new in it, whatever the template does."""
 
 from __future__ import annotations
 
-import os
+from array import array
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from server.engine.chain import common
 from tests.server.api.checkpoint import END, TEMPLATE, write_checkpoint
 from tests.server.api.live import Live, in_thread
 
@@ -45,7 +46,7 @@ def test_a_turn_reads_what_is_new(tmp_path: Path, template: str, more: dict[str,
     messages: list[dict[str, str]] = [
         {"role": "system", "content": "Answer from what you were told, and from nothing else."}
     ]
-    asked: list[list[int]] = []
+    asked: list[bytes] = []
     with in_thread(path, "--echo") as live:
         for turn in range(5):
             messages.append({"role": "user", "content": f"Question {turn} of many is what comes?"})
@@ -57,11 +58,12 @@ def test_a_turn_reads_what_is_new(tmp_path: Path, template: str, more: dict[str,
             cached = usage["prompt_tokens_details"]["cached_tokens"]
             assert usage["prompt_tokens"] == len(tokens)
             ends = [at + 1 for at, token in enumerate(tokens) if token == END]
-            shared = max((len(os.path.commonprefix([tokens, other])) for other in asked), default=0)
+            data = array("i", tokens).tobytes()
+            shared = max((common(data, other) for other in asked), default=0)
             known = max((end for end in ends if end <= shared), default=0)
             assert known <= cached <= shared, turn
             assert (known > 0) == (turn > 0)
-            asked.append(tokens)
+            asked.append(data)
             said = (
                 f"<think>Let me see about {turn}.</think>It is the answer of turn {turn}, no less."
             )
