@@ -112,6 +112,8 @@ class Checkpoints:
         """Those who can begin with a checkpoint now have begun with it."""
         self.tiers.spared = None
         for checkpoint in self._fetched:
+            if self.tiers.host_bytes > self.tiers.host_budget:
+                self.tiers.lift(checkpoint)
             checkpoint.pins -= 1
         if self._fetched:
             self._fetched.clear()

@@ -130,6 +130,20 @@ class Tiers:
                 self.device[checkpoint] = None
         self.touch(checkpoint)
 
+    def lift(self, checkpoint: Checkpoint) -> None:
+        """Put one from the disk on the device as well, where the host is too small to keep it until
+        it is asked for. Not one with KV blocks, nor into the only slot."""
+        if (
+            self.holdings.block_size
+            or self.holdings.slots.total == 1
+            or checkpoint.slot is not None
+        ):
+            return
+        if self.holdings.slots.free or self.evict():
+            checkpoint.slot = self.holdings.slots.take(checkpoint.name)
+            self.copies.append(Copy(self.saved(checkpoint), self.here(checkpoint), True))
+            self.device[checkpoint] = None
+
     def evict(self) -> bool:
         """Clear the device of its least recently used checkpoint; False: there is none."""
         for checkpoint in self.device:

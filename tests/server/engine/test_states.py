@@ -185,6 +185,20 @@ def test_no_host_memory_but_a_disk(tmp_path: Path):
     assert goes_on(bench, "a", made.key, words(300, 1), words(9, 3)) == 9
 
 
+@pytest.mark.parametrize("slots", [2, 4])
+def test_a_state_is_read_once_though_the_host_cannot_keep_it(tmp_path: Path, slots: int):
+    """It is fetched, and only then asked for."""
+    made = state(read(caching(directory=tmp_path), "r", words(300, 1)))
+    bench = caching(directory=tmp_path, slots=slots, host_bytes=0)
+    ask(bench, generate("other", words(300, 2), 1))
+    for n in range(2):
+        reply = bench.call(Fetch(f"f{n}", made.key))
+        assert reply is not None and reply.state == made
+        assert goes_on(bench, f"a{n}", made.key, words(300, 1), words(9, 3)) <= 9
+        assert not bench.scheduler.checkpoints.tiers.host and not bench.runner.saved
+    assert len(bench.scheduler.checkpoints.disk.shelf.load_seconds) == 1
+
+
 def test_idle_time_saves_what_is_worth_it(tmp_path: Path):
     bench = caching(directory=tmp_path)
     ask(bench, generate("a", words(300, 1), 1))
