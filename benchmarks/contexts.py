@@ -2,135 +2,53 @@
 
     python -m benchmarks.contexts [--shape lightning-1b | --model recall] [--tokens 1000000]
 
-Servers are started as a user starts them and asked over HTTP; a time is from sending a request to
-the end of its answer of one token, the median of several. Between two of them other prompts take
-every slot: so a context leaves the device, for the host or, where that has no memory, for the disk.
-The shape is a random checkpoint with the tokenizer of the bundled model, a token a byte.
+Servers are started as a user starts them, all at once, and asked over HTTP; a shape gets random
+weights, made on the device, and a token a byte. A time is from sending a request to the end of its
+answer of one token, the median of several. Before each of these other prompts take every slot, and
+for the disk all of the host's memory too, and the system forgets what it has read of the file;
+/metrics must say that the state was taken from the tier that is named. What caching costs is
+measured by turns on two servers, with prompts that are never asked again, until the memory of the
+host has been full once: shares are medians over the turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import os
 import random
-import re
-import shutil
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from benchmarks.result import Row, write
+from benchmarks.served import checkpoint, served
+from model.config import Fields
+from model.plan import footprint
+from server.settings import Settings
 
-ROOT = Path(__file__).parent.parent
-SHAPES: dict[str, dict[str, Any]] = {
-    "lightning-1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "head_dim": 128,
-        "vocab_size": 64000,
-        "layer_types": ["linear_attention"] * 16,
-    },
-}
+SHAPES = Path(__file__).parent / "shapes"
 GOALS = {"device": 30.0, "host": 60.0, "disk": 250.0}  # milliseconds
 FILE_GOAL = 22.0  # MB
 SLOTS = 4
+ROOM = 16  # states that the host holds beside the slots, at least
 SAMPLES = 7
 DECODERS = 32
+DECODED = 256  # tokens of each
+TURNS = 3
+
+BEGIN = time.monotonic()
 
 
-def checkpoint(shape: str, directory: Path) -> Path:
-    """A random checkpoint of a shape."""
-    import torch
-    from safetensors.torch import save_file
-
-    config = {
-        **SHAPES[shape],
-        "architectures": ["MiniMaxForCausalLM"],
-        "model_type": "minimax",
-        "num_local_experts": 1,
-        "num_experts_per_tok": 1,
-        "eos_token_id": None,
-    }
-    hidden, width = config["hidden_size"], config["num_attention_heads"] * config["head_dim"]
-    inner, vocab = config["intermediate_size"], config["vocab_size"]
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocab, hidden),
-        "model.norm.weight": (hidden,),
-        "lm_head.weight": (vocab, hidden),
-    }
-    for i in range(config["num_hidden_layers"]):
-        layer = f"model.layers.{i}"
-        expert = f"{layer}.block_sparse_moe.experts.0"
-        shapes |= {
-            f"{layer}.input_layernorm.weight": (hidden,),
-            f"{layer}.post_attention_layernorm.weight": (hidden,),
-            f"{layer}.self_attn.qkv_proj.weight": (3 * width, hidden),
-            f"{layer}.self_attn.output_gate.weight": (width, hidden),
-            f"{layer}.self_attn.norm.weight": (width,),
-            f"{layer}.self_attn.out_proj.weight": (hidden, width),
-            f"{layer}.block_sparse_moe.gate.weight": (1, hidden),
-            f"{expert}.w1.weight": (inner, hidden),
-            f"{expert}.w2.weight": (hidden, inner),
-            f"{expert}.w3.weight": (inner, hidden),
-        }
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        name: torch.ones(size, dtype=torch.bfloat16)
-        if len(size) == 1
-        else (torch.randn(size, generator=generator) * size[-1] ** -0.5).bfloat16()
-        for name, size in shapes.items()
-    }
-    save_file(tensors, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(config))
-    for path in (ROOT / "model" / "bundled" / "recall").glob("*token*.json"):
-        shutil.copy(path, directory)
-    return directory
-
-
-@contextlib.contextmanager
-def serving(model: str, *flags: str) -> Iterator[httpx.Client]:
-    """`steadystate serve` as a process of its own."""
-    command = [sys.executable, "-m", "server", "serve", model, "--port", "0", *flags]
-    process = subprocess.Popen(
-        [*command, "--log-level", "warning"], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        found = re.search(r"http://\S+?:\d+", process.stdout.readline())
-        assert found, "the server did not start"
-        with httpx.Client(base_url=found[0], timeout=600) as client:
-            yield client
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-
-
-def post(client: httpx.Client, path: str, **body: Any) -> dict[str, Any]:
-    response = client.post(path, json=body)
-    response.raise_for_status()
-    answer: dict[str, Any] = response.json()
-    return answer
-
-
-def first_token(client: httpx.Client, **body: Any) -> tuple[float, int]:
-    """Milliseconds to an answer of one token, and the tokens that were not read for it."""
-    begin = time.perf_counter()
-    answer = post(client, "/v1/completions", max_tokens=1, temperature=0, **body)
-    taken = 1000 * (time.perf_counter() - begin)
-    return taken, answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+def say(what: str) -> None:
+    print(f"{time.monotonic() - BEGIN:6.1f} s  {what}", flush=True)
 
 
 def text(length: int, seed: int) -> str:
@@ -138,113 +56,221 @@ def text(length: int, seed: int) -> str:
     return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz    ,.\n", k=length))
 
 
-def tier(client: httpx.Client, id: str, tokens: int, *, evicted: bool) -> float:
-    """The median time to first token behind a context; `evicted`: other prompts had the slots."""
+class Server:
+    """A server that is up, and how its clients ask it."""
+
+    def __init__(self, url: str) -> None:
+        self.http = httpx.Client(base_url=url, timeout=600, limits=httpx.Limits(max_connections=64))
+        self._seed = 0
+
+    def post(self, path: str, **body: Any) -> dict[str, Any]:
+        response = self.http.post(path, json=body)
+        if response.is_error:
+            raise RuntimeError(f"{path}: {response.status_code} {response.text[:500]}")
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def first_token(self, **body: Any) -> tuple[float, int]:
+        """Milliseconds to an answer of one token, and the tokens that were not read for it."""
+        begin = time.perf_counter()
+        answer = self.post("/v1/completions", max_tokens=1, temperature=0, **body)
+        taken = 1000 * (time.perf_counter() - begin)
+        return taken, answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    def hits(self) -> dict[str, float]:
+        """How many requests found a state in each tier."""
+        found: dict[str, float] = {}
+        for line in self.http.get("/metrics").text.splitlines():
+            if line.startswith("steadystate_checkpoint_hits_total{"):
+                name, _, value = line.rpartition(" ")
+                found[name.partition('tier="')[2].partition('"')[0]] = float(value)
+        return found
+
+    def others(self, count: int) -> None:
+        """So many prompts that were never asked."""
+        with ThreadPoolExecutor(SLOTS) as pool:
+            seeds = range(self._seed, self._seed + count)
+            list(pool.map(lambda seed: self.first_token(prompt=text(100, 10_000 + seed)), seeds))
+        self._seed += count
+
+    def decode(self, count: int, seed: int) -> float:
+        """Tokens a second over so many requests, DECODERS at a time."""
+
+        def one(number: int) -> int:
+            answer = self.post(
+                "/v1/completions", prompt=text(100, 1_000_000 * seed + number),
+                max_tokens=DECODED, ignore_eos=True, temperature=0,
+            )  # fmt: skip
+            return int(answer["usage"]["completion_tokens"])
+
+        with ThreadPoolExecutor(DECODERS) as pool:
+            begin = time.perf_counter()
+            tokens = sum(pool.map(one, range(count)))
+            return tokens / (time.perf_counter() - begin)
+
+
+def rested(directory: Path) -> None:
+    """Return once an idle server has written what it found worth a file, or after a while."""
+    seen: set[str] = set()
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        now = {path.name for path in (directory / "states").iterdir()}
+        if now == seen:
+            return
+        seen = now
+        time.sleep(0.25)
+
+
+def tier(server: Server, name: str, id: str, tokens: int, before: Callable[[], None]) -> float:
+    """The median time to first token behind a context that lies in a tier."""
     times = []
     for sample in range(SAMPLES + 1):
-        if evicted:
-            for other in range(2 * SLOTS):
-                first_token(client, prompt=text(100, 1000 * sample + other))
-        taken, cached = first_token(client, context=id, prompt=f"Why {sample}?")
-        assert cached == tokens, f"{cached} of {tokens} tokens were cached"
+        before()
+        seen = server.hits()
+        taken, cached = server.first_token(context=id, prompt=f"Why {sample}?")
+        came = [tier for tier, count in server.hits().items() if count > seen.get(tier, 0)]
+        if (cached, came) != (tokens, [name]):
+            raise RuntimeError(f"{cached} of {tokens} tokens came from {came}, {name} is due")
         times.append(taken)
+    say(f"{name}: {min(times):.1f} to {max(times):.1f} ms")
     return statistics.median(times[1:])
 
 
-def tiers(model: str, tokens: int, directory: Path) -> list[Row]:
-    """Cold, then by id from the device, the host and the disk; and the file's size."""
+def tiers(server: Server, tokens: int, directory: Path, *, beyond: int) -> list[Row]:
+    """Cold, then by id from the device, the host and the disk; and the file's size. `beyond`: as
+    many other prompts as fill slots and host."""
+    server.first_token(prompt=text(5000, 3))
     document = text(tokens, 1)
-    flags = ["--max-running", str(SLOTS), "--context-directory", str(directory)]
-    rows = []
-    with serving(model, *flags) as client:
-        cold = statistics.median(
-            first_token(client, prompt=document + "Why?", cache_salt=f"cold {n}")[0]
-            for n in range(2)
+    cold, _ = server.first_token(prompt=document + "Why?", cache_salt="cold")
+    say(f"cold prefill: {cold:.0f} ms")
+    context = server.post("/v1/contexts", text=document)
+    if context["tokens"] != tokens:
+        raise RuntimeError(f"{context['tokens']} tokens, {tokens} are due: not one a byte")
+    [file] = (directory / "states").glob(f"{context['digest']}.*")
+    size = len(server.http.get(f"/v1/contexts/{context['id']}/file").content)
+
+    def from_disk() -> None:
+        server.others(beyond)
+        descriptor = os.open(file, os.O_RDONLY)
+        with contextlib.suppress(AttributeError):  # macOS has no such call
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+    befores: dict[str, Callable[[], None]] = {
+        "device": lambda: rested(directory),
+        "host": lambda: server.others(2 * SLOTS),
+        "disk": from_disk,
+    }
+    server.first_token(context=context["id"], prompt="Why?")  # brings it to the device
+    rested(directory)
+    rows = [
+        Row(
+            work=f"time to first token, context of {tokens:,} tokens, {name}",
+            value=tier(server, name, context["id"], tokens, before),
+            unit="ms",
+            better="lower",
+            goal=GOALS[name],
+            peers={"cold prefill": cold},
         )
-        context = post(client, "/v1/contexts", text=document)
-        assert context["tokens"] == tokens
-        times = {
-            "device": tier(client, context["id"], tokens, evicted=False),
-            "host": tier(client, context["id"], tokens, evicted=True),
-        }
-        size = len(client.get(f"/v1/contexts/{context['id']}/file").content)
-    with serving(model, *flags, "--host-cache-gb", "0") as client:
-        times["disk"] = tier(client, context["id"], tokens, evicted=True)
-    for name, taken in times.items():
-        rows.append(
-            Row(
-                work=f"time to first token, context of {tokens:,} tokens, {name}",
-                value=taken,
-                unit="ms",
-                better="lower",
-                goal=GOALS[name],
-                peers={"cold prefill": cold},
-            )
-        )
-    rows.append(
+        for name, before in befores.items()
+    ]
+    return [
+        *rows,
         Row(
             work=f"file of a context of {tokens:,} tokens",
             value=size / 1e6,
             unit="MB",
             better="lower",
             goal=FILE_GOAL,
-        )
-    )
-    return rows
+        ),
+    ]
 
 
-def costs(model: str, tokens: int) -> list[Row]:
+def costs(on: Server, off: Server, tokens: int) -> list[Row]:
     """Decoding and reading with caching on and never hit, against caching off."""
-    speeds: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-    for turn in range(2):
-        for caching in (True, False):
-            flags = ["--max-running", str(DECODERS), *([] if caching else ["--no-prefix-caching"])]
-            with serving(model, *flags) as client, ThreadPoolExecutor(DECODERS) as pool:
-
-                def decode(seed: int, client: httpx.Client = client) -> int:
-                    answer = post(
-                        client, "/v1/completions", prompt=text(100, seed), max_tokens=256,
-                        ignore_eos=True, temperature=0,
-                    )  # fmt: skip
-                    return int(answer["usage"]["completion_tokens"])
-
-                list(pool.map(decode, range(DECODERS)))
-                begin = time.perf_counter()
-                count = sum(pool.map(decode, range(1000 * turn, 1000 * turn + 4 * DECODERS)))
-                decoding = count / (time.perf_counter() - begin)
-                taken, _ = first_token(client, prompt=text(tokens, turn + 2))
-                speeds[caching].append((decoding, 1000 * tokens / taken))
-    best = {
-        caching: [max(s) for s in zip(*pairs, strict=True)] for caching, pairs in speeds.items()
+    for server in (on, off):
+        server.decode(4 * DECODERS, 1)
+        server.first_token(prompt=text(tokens, 2))
+    say("warm")
+    shares: dict[str, list[float]] = {"decode": [], "prefill": []}
+    for turn in range(TURNS):
+        decoding, reading = {}, {}
+        for server in (on, off) if turn % 2 else (off, on):
+            decoding[server] = server.decode(4 * DECODERS, 2 + turn)
+            taken, cached = server.first_token(prompt=text(tokens, 100 + turn))
+            reading[server] = 1000 * tokens / taken
+            if cached:
+                raise RuntimeError(f"{cached} tokens were cached, none is due")
+        shares["decode"].append(decoding[on] / decoding[off])
+        shares["prefill"].append(reading[on] / reading[off])
+        say(
+            f"decode {decoding[on]:,.0f} against {decoding[off]:,.0f} tokens/s, "
+            f"prefill {reading[on]:,.0f} against {reading[off]:,.0f}"
+        )
+    works = {
+        "decode": f"decode, {DECODERS} concurrent x {DECODED} tokens",
+        "prefill": f"prefill of {tokens:,} tokens",
     }
     return [
         Row(
             work=f"{work}, caching on and never hit, over off",
-            value=best[True][index] / best[False][index],
+            value=statistics.median(shares[name]),
             unit="x",
             better="higher",
             goal=0.98,
         )
-        for index, work in enumerate(
-            (f"decode, {DECODERS} concurrent", f"prefill of {tokens:,} tokens")
-        )
+        for name, work in works.items()
     ]
 
 
+def started(stacks: list[ExitStack], settings: list[Settings]) -> list[Server]:
+    """Servers of these settings, started together; each ends with its stack."""
+
+    def start(stack: ExitStack, one: Settings) -> Server:
+        return Server(stack.enter_context(served(one)))
+
+    with ThreadPoolExecutor(len(settings)) as pool:
+        return list(pool.map(start, stacks, settings))
+
+
 def main() -> None:
+    import torch
+
+    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--shape", choices=sorted(SHAPES))
-    parser.add_argument("--model", default="recall")
-    parser.add_argument("--tokens", type=int, default=1_000_000)
+    add = parser.add_argument
+    add("--model", default="recall")
+    add("--shape", choices=sorted(path.name for path in SHAPES.iterdir()), help="random weights")
+    add("--tokens", type=int, default=1_000_000 if cuda else 20_000, help="of the context")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        model = options.model
-        if options.shape is not None:
-            (Path(scratch) / options.shape).mkdir()
-            model = str(checkpoint(options.shape, Path(scratch) / options.shape))
-        rows = tiers(model, options.tokens, Path(scratch) / "contexts")
-        rows += costs(model, options.tokens)
-        write("contexts", rows, model=options.shape or options.model)
+    model = str(SHAPES / options.shape) if options.shape else options.model
+    name, tokens = options.shape or options.model, options.tokens
+    with ExitStack() as stack:
+        usual = stack.enter_context(checkpoint(model))
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        kinds: dict[str, Any] = {} if cuda else {"dtype": "float32", "ring": 0}
+        slot = footprint(Fields.read(usual.model_path), **kinds).slot
+        room = 2 * ROOM * slot + 8 * 4 * tokens  # a few of them have all the tokens
+
+        def settings(**fields: Any) -> Settings:
+            return Settings(**usual.model_dump() | {"port": 0, "log_level": "warning"} | fields)
+
+        stacks = [stack.enter_context(ExitStack()) for _ in range(3)]
+        with_files, on, off = started(
+            stacks,
+            [
+                settings(max_running=SLOTS, context_directory=directory, host_cache_gb=room / 1e9),
+                settings(max_running=DECODERS, host_cache_gb=4 * DECODERS * slot / 1e9),
+                settings(max_running=DECODERS, prefix_caching=False),
+            ],
+        )
+        say("servers are up")
+        rows = tiers(with_files, tokens, directory, beyond=-(-room // slot) + 2 * SLOTS)
+        stacks[0].close()
+        write("contexts", rows, model=name, missing=["what caching costs"])
+        rows += costs(on, off, max(1000, tokens // 4))
+    say("done")
+    write("contexts", rows, model=name)
 
 
 if __name__ == "__main__":

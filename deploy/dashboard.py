@@ -219,6 +219,15 @@ ROWS: dict[str, list[Panel]] = {
             },
         ),
         Panel(
+            "Requests that found one, by tier",
+            "short",
+            {
+                "{{tier}}": "sum by (tier) "
+                f"(rate(steadystate_checkpoint_hits_total{{}}[{INTERVAL}]))"
+            },
+            stacked=True,
+        ),
+        Panel(
             "Requests that found none, by reason",
             "short",
             {

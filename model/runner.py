@@ -264,6 +264,7 @@ def load_runner(
     state_memory_gb: float | None = None,
     max_model_len: int | None = None,
     max_step_tokens: int | None = None,
+    host_bytes: int = 0,
     quantization: str = "none",
     state_dtype: str = "float32",
     ring: int | None = None,
@@ -273,6 +274,7 @@ def load_runner(
     """Load the checkpoint in `path` and make it ready to serve.
 
     With a seed its weights are not read but drawn: config.json is all that has to be there.
+    host_bytes of pinned memory are taken beforehand, for states that leave the device.
     quantization is of the weights of linear layers: see model.weights.QUANTIZATIONS. state_dtype
     and ring are of the lightning layers' memory: see model.lightning.Memory. Without a word on the
     ring, decoding keeps RING tokens on CUDA and none elsewhere. decay_layer_factor stands in for
@@ -325,6 +327,7 @@ def load_runner(
             blocks=blocks,
             device=where,
         )
+        store.reserve(host_bytes)
     capacity = Capacity(
         slots=slots,
         state_bytes=slot_bytes,
@@ -332,6 +335,7 @@ def load_runner(
         block_size=BLOCK_SIZE if blocks else 0,
         block_bytes=block_bytes,
         rollback=memory.rollback,
+        pinned=where.type == "cuda",
         max_model_len=length,
         vocab_size=model.vocab_size,
         device=torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",

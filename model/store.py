@@ -6,6 +6,7 @@ layers see strided views of it. KV blocks are laid out likewise.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 
 from model.transfer import upload
+
+log = logging.getLogger(__name__)
 
 ALIGNMENT = 256  # bytes; vector loads and copies want aligned fields
 PIECE_BYTES = 16 << 20  # of device memory that saving or restoring blocks takes
@@ -111,12 +114,17 @@ class Store:
         self._leaving = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def save(self, slot: int, blocks: tuple[int, ...], seen: torch.Tensor | None) -> Saved:
-        """Copy a slot and blocks to host memory, bit for bit."""
+        """Copy a slot and blocks to host memory, bit for bit. It needs as much of the device for a
+        while; where that has no memory left, the steps after it wait for the transfer instead."""
         host, host_blocks = self.host(len(blocks))
         row = self.slots.memory[slot]
-        self._leave(host, row if self._leaving is None else row.clone())
-        for rows, index in self._pieces(blocks):
-            self._leave(host_blocks[rows], self.blocks.memory[index])
+        try:
+            self._leave(host, self._aside(row))
+            for rows, index in self._pieces(blocks):
+                self._leave(host_blocks[rows], self.blocks.memory[index])
+        except torch.OutOfMemoryError:
+            rest = [self.blocks.memory[block] for block in blocks]
+            self._leave_at_once([host, *host_blocks], [row, *rest])
         return Saved(
             slot=host,
             blocks=host_blocks,
@@ -125,12 +133,22 @@ class Store:
         )
 
     def host(self, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Host memory for the bytes of a slot and of so many blocks; pinned beside a GPU."""
-        pinned = self.device.type == "cuda"
-        return (
-            torch.empty(self.slots.bytes, dtype=torch.uint8, pin_memory=pinned),
-            torch.empty(blocks, self.blocks.bytes, dtype=torch.uint8, pin_memory=pinned),
-        )
+        """Host memory for the bytes of a slot and of so many blocks; pinned beside a GPU, as far
+        as the system lets it."""
+        shapes = (self.slots.bytes,), (blocks, self.blocks.bytes)
+        slot, rows = (self._on_host(shape, torch.uint8) for shape in shapes)
+        return slot, rows
+
+    def reserve(self, size: int) -> None:
+        """Pin so many bytes of host memory now, for slots that will be saved: else the system takes
+        milliseconds for each of the first ones, and steps wait for that."""
+        if self._leaving is None or not self.slots.bytes:
+            return
+        rows: list[torch.Tensor] = []  # given back to the allocator, which keeps what is pinned
+        for _ in range(size // (1 << (self.slots.bytes - 1).bit_length())):
+            rows.append(self._on_host((self.slots.bytes,), torch.uint8))
+            if not rows[-1].is_pinned():
+                break
 
     def restore(self, saved: Saved, slot: int, blocks: tuple[int, ...]) -> None:
         """Copy a saved state into a slot and blocks, as many blocks as were saved."""
@@ -139,12 +157,31 @@ class Store:
         if saved.done is not None:
             torch.cuda.current_stream(self.device).wait_event(saved.done)
         self.slots.memory[slot].copy_(saved.slot, non_blocking=True)
-        for rows, index in self._pieces(blocks):
-            self.blocks.memory[index] = saved.blocks[rows].to(self.device, non_blocking=True)
+        try:
+            for rows, index in self._pieces(blocks):
+                self.blocks.memory[index] = saved.blocks[rows].to(self.device, non_blocking=True)
+        except torch.OutOfMemoryError:
+            for at, block in enumerate(blocks):
+                self.blocks.memory[block].copy_(saved.blocks[at], non_blocking=True)
+
+    def _on_host(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if self.device.type == "cuda":
+            try:
+                return torch.empty(shape, dtype=dtype, pin_memory=True)
+            except RuntimeError as error:  # slower, and all there is
+                log.warning("no pinned memory for %s: %s", list(shape), str(error).split("\n")[0])
+        return torch.empty(shape, dtype=dtype)
+
+    def _aside(self, row: torch.Tensor) -> torch.Tensor:
+        """A copy on the device, where the transfer does not take place at once."""
+        return row if self._leaving is None else row.clone()
 
     def _leave_seen(self, seen: torch.Tensor) -> torch.Tensor:
-        host = torch.empty_like(seen, device="cpu", pin_memory=self._leaving is not None)
-        self._leave(host, seen if self._leaving is None else seen.clone())
+        host = self._on_host(tuple(seen.shape), seen.dtype)
+        try:
+            self._leave(host, self._aside(seen))
+        except torch.OutOfMemoryError:
+            self._leave_at_once([host], [seen])
         return host
 
     def _leave(self, host: torch.Tensor, part: torch.Tensor) -> None:
@@ -157,6 +194,13 @@ class Store:
         with torch.cuda.stream(self._leaving):
             host.copy_(part, non_blocking=True)
         part.record_stream(self._leaving)
+
+    def _leave_at_once(self, hosts: list[torch.Tensor], parts: list[torch.Tensor]) -> None:
+        """Copy to the host what may change after: what comes after waits for it."""
+        for host, part in zip(hosts, parts, strict=True):
+            host.copy_(part, non_blocking=True)
+        if self._leaving is not None:
+            self._leaving.wait_stream(torch.cuda.current_stream(self.device))
 
     def _pieces(self, blocks: tuple[int, ...]) -> Iterator[tuple[slice, torch.Tensor]]:
         """Rows of the host copy, and the blocks they belong to, as many as PIECE_BYTES holds: the

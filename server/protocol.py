@@ -162,13 +162,13 @@ class Reply(msgspec.Struct, tag=True, kw_only=True):
 
 
 class CacheStats(msgspec.Struct, kw_only=True):
-    """Checkpoints: tokens of prompts looked up and saved, requests that hit and that missed by
-    reason, all since the engine started; what lies in each tier; and how long files took to write
-    and to read since the last news."""
+    """Checkpoints: tokens of prompts looked up and saved, requests that hit by tier and that missed
+    by reason, all since the engine started; what lies in each tier; and how long files took to
+    write and to read since the last news."""
 
     queried: int = 0
     saved: int = 0
-    hits: int = 0
+    hits: dict[str, int] = {}
     misses: dict[str, int] = {}
     checkpoints: dict[str, int] = {}
     bytes: dict[str, int] = {}

@@ -29,7 +29,7 @@ class CacheMetrics:
         self._hits = counter("prefix_cache_hits_total", "prompt tokens not read again").labels(
             model
         )
-        self._found = counter("checkpoint_hits_total", "requests that found one").labels(model)
+        self._found = counter("checkpoint_hits_total", "requests that found one", "tier")
         self._misses = counter("checkpoint_misses_total", "requests that found none", "reason")
         self._bytes = Gauge(
             PREFIX + "checkpoint_bytes",
@@ -60,7 +60,8 @@ class CacheMetrics:
         told, self._told = self._told, stats
         self._queries.inc(stats.queried - told.queried)
         self._hits.inc(stats.saved - told.saved)
-        self._found.inc(stats.hits - told.hits)
+        for tier, count in stats.hits.items():
+            self._found.labels(self._model, tier).inc(count - told.hits.get(tier, 0))
         for reason, count in stats.misses.items():
             self._misses.labels(self._model, reason).inc(count - told.misses.get(reason, 0))
         _set(self._bytes, self._model, stats.bytes)

@@ -25,6 +25,7 @@ def load(settings: Settings, *, seed: int | None = None) -> LoadedRunner:
         state_memory_gb=settings.state_memory_gb,
         max_model_len=settings.max_model_len,
         max_step_tokens=settings.max_step_tokens,
+        host_bytes=settings.host_cache_bytes if settings.prefix_caching else 0,
         quantization=settings.quantization,
         state_dtype=settings.state_dtype,
         ring=settings.ring,

@@ -81,8 +81,11 @@ class Admission:
         return True
 
     def fits(self, request: Request, found: Checkpoint | None) -> bool:
-        """Whether there is a slot and blocks for all of it, once checkpoints have made room."""
+        """Whether there is a slot and blocks for all of it, once checkpoints have made room. They
+        make none for one who would not fit even so."""
         need = self._need(request, found)
+        if self._hopeless(request, found, need):
+            return False
         if self.checkpoints is not None:
             self.checkpoints.tiers.spared = found
         while not self.holdings.slots.free or self.holdings.blocks.free < need:
@@ -158,6 +161,16 @@ class Admission:
         if self.holdings.block_size:
             need += sum(self.holdings.lacking(other) for other in self.running.order)
         return need - (self.checkpoints.tiers.shared(found) if self.checkpoints else 0)
+
+    def _hopeless(self, request: Request, found: Checkpoint | None, need: int) -> bool:
+        """Whether those who run, none less urgent, leave too few blocks whoever else goes."""
+        blocks, running = self.holdings.blocks, self.running.order
+        if blocks.free >= need or not running or running[-1].rank[0] > request.rank[0]:
+            return False
+        stay = {block for other in running for block in other.blocks}
+        if found is not None:
+            stay.update(found.blocks)
+        return blocks.total - len(stay) < need
 
     def _saved_bytes(self, request: Request) -> int:
         return self.holdings.bytes_for(request.computed) if request.computed else 0

@@ -5,6 +5,7 @@ The header's metadata say of which model and tokens the state is; the tensors ar
 the narrowest integer that holds the vocabulary, and the state's own. Everything is refused that is
 not as it should be: names, dtypes, shapes, offsets, checksums, numbers that are not finite. The
 header has a checksum of its own, so that a header of another model is told from a damaged one.
+Tensors of zeros, such as rings that hold nothing, are only named.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ import numpy
 from model.chunk import Capacity, Image, Layout, Tensor
 from server.engine.chain import BLOCK, Chain, root_of, trail
 
-VERSION = "2"
+VERSION = "3"
 MOST_HEADER = 1 << 20  # bytes; ours are a few kB
 TOKENS = "tokens"
+ZEROS = "zeros"  # in the metadata: names of tensors that are left out
 WIDTHS = {"U8": "<u1", "U16": "<u2", "I32": "<i4"}
 BYTES = {"U8": 1, "U16": 2, "BF16": 2, "F16": 2, "I32": 4, "F32": 4, "I64": 8}
 FLOATS = {"F32": ("<u4", 0x7F800000), "BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00)}
@@ -56,6 +58,11 @@ class Header:
     def size(self) -> int:
         """Bytes that the whole file must have."""
         return self.start + max((end for *_, end in self.tensors.values()), default=0)
+
+    @property
+    def zeros(self) -> set[str]:
+        """Tensors that are left out, for all of them is zero."""
+        return set(self.metadata.get(ZEROS, "").split())
 
 
 @dataclass(slots=True, frozen=True)
@@ -91,6 +98,21 @@ def narrow(tokens: array[int], vocab_size: int) -> Tensor:
     dtype = "U8" if vocab_size <= 1 << 8 else "U16" if vocab_size <= 1 << 16 else "I32"
     ids = numpy.frombuffer(tokens, dtype="<i4").astype(WIDTHS[dtype])
     return Tensor(TOKENS, dtype, (len(ids),), ids.view(numpy.uint8).data)
+
+
+def contents(
+    capacity: Capacity, chain: Chain, position: int, image: Image, *, salt: str
+) -> tuple[dict[str, str], list[Tensor]]:
+    """Metadata and tensors of a state's file. Of what a slot holds, zeros are only named."""
+    metadata = describe(capacity, chain, position, salt=salt)
+    fixed, zeros = {layout.name for layout in capacity.slot_layout}, []
+    tensors = [narrow(chain.tokens[:position], capacity.vocab_size)]
+    for tensor in image.tensors:
+        if tensor.name in fixed and not numpy.frombuffer(tensor.data, dtype=numpy.uint8).any():
+            zeros.append(tensor.name)
+        else:
+            tensors.append(tensor)
+    return {**metadata, ZEROS: " ".join(zeros)}, tensors
 
 
 def write(path: Path, metadata: Mapping[str, str], tensors: Iterable[Tensor]) -> None:
@@ -224,6 +246,7 @@ def check_header(header: Header, capacity: Capacity, *, besides: Iterable[str] =
         if metadata.get(name) != due:
             raise ForeignError(f"{name} is {metadata.get(name)!r}, {due!r} is due")
     foreign = metadata.get("identity") != capacity.identity
+    kind = ForeignError if foreign else ArchiveError
     digits = metadata.get("count", "")
     count = int(digits) if digits.isdecimal() and len(digits) < 16 else 0
     if count < 1:
@@ -234,6 +257,10 @@ def check_header(header: Header, capacity: Capacity, *, besides: Iterable[str] =
         layouts[block.name] = Layout(block.name, block.dtype, (blocks, *block.shape))
     dtype = narrow(array("i", [0]), capacity.vocab_size).dtype
     layouts[TOKENS] = Layout(TOKENS, dtype, (count,))
+    for name in header.zeros:  # of a fixed size: a small file takes no more memory than a state
+        if name in tensors or all(name != layout.name for layout in capacity.slot_layout):
+            raise kind(f"tensor {name[:100]!r} is said to be zeros")
+        del layouts[name]
     for name in tensors.keys() | layouts.keys():
         if name in besides and name not in layouts:
             continue
@@ -242,7 +269,6 @@ def check_header(header: Header, capacity: Capacity, *, besides: Iterable[str] =
         if name in layouts:
             wanted = f"{layouts[name].dtype} {list(layouts[name].shape)}"
         if found != wanted:
-            kind = ForeignError if foreign else ArchiveError
             raise kind(f"tensor {name!r} is {found}, {wanted} is due")
     if foreign:
         raise ForeignError("it is of a server that lays states out otherwise")
@@ -264,6 +290,10 @@ def read(path: Path, capacity: Capacity, *, besides: Iterable[str] = ()) -> Stat
     }
     if checksum(tensors.values()) != head.metadata.get("sha256"):
         raise ArchiveError("its checksum is wrong")
+    for due in capacity.slot_layout:
+        if due.name in head.zeros:
+            zeros = bytes(prod(due.shape) * BYTES[due.dtype])
+            tensors[due.name] = Tensor(due.name, due.dtype, due.shape, memoryview(zeros))
     ids = numpy.frombuffer(tensors[TOKENS].data, dtype=WIDTHS[tensors[TOKENS].dtype])
     if int(ids.max()) >= capacity.vocab_size or int(ids.min()) < 0:
         raise ArchiveError(f"token ids beyond the vocabulary of {capacity.vocab_size}")
@@ -275,13 +305,12 @@ def read(path: Path, capacity: Capacity, *, besides: Iterable[str] = ()) -> Stat
         raise ArchiveError("its salt is not a digest")
     tokens = array("i", ids.astype("<i4").tobytes())
     chain = Chain(root_of(capacity.identity, salt), tokens)
-    due = describe(capacity, chain, count, salt=salt)
-    for name, value in due.items():
+    described = describe(capacity, chain, count, salt=salt)
+    for name, value in described.items():
         if head.metadata.get(name) != value:
             raise ArchiveError(f"its {name} is not that of its tokens")
-    key = due["key"]
     image = Image([tensors[name] for name in names])
-    return State(chain, key, count, salt, image, head.size)
+    return State(chain, described["key"], count, salt, image, head.size)
 
 
 def _check_finite(tensor: Tensor) -> None:

@@ -26,12 +26,14 @@ from server.protocol import CacheStats
 class Checkpoints:
     """Every checkpoint of one engine, found by the tokens before it.
 
-    queries, hits and saved count requests and tokens; misses count requests by reason:
+    queries and saved count requests and tokens, found counts requests by the tier that they begin
+    from, misses by reason:
     short: too few tokens to keep; new: it begins as nothing that was read before; parted: what it
-    shares with others ends before any checkpoint; evicted: there was one, and it was given up;
-    damaged: its file could not be read or was refused.
+    shares with others ends before any checkpoint; evicted: there was one, and it was given up, or
+    no room for it; damaged: its file could not be read or was refused.
     """
 
+    TIERS = ("device", "host", "disk")
     REASONS = ("short", "new", "parted", "evicted", "damaged")
 
     def __init__(
@@ -48,7 +50,8 @@ class Checkpoints:
         self.identity = capacity.identity
         self.every = spacing(capacity.state_bytes)
         self.tiers = Tiers(capacity, holdings, copies, host_bytes=host_bytes)
-        self.queries = self.hits = self.queried_tokens = self.saved_tokens = 0
+        self.queries = self.queried_tokens = self.saved_tokens = 0
+        self.found: Counter[str] = Counter(dict.fromkeys(self.TIERS, 0))
         self.misses: Counter[str] = Counter(dict.fromkeys(self.REASONS, 0))
         self.disk: Disk | None = None
         self.jobs = Jobs()
@@ -59,6 +62,11 @@ class Checkpoints:
         self._by_key: dict[str, Checkpoint] = {}
         self._fetched: list[Checkpoint] = []  # from the disk, pinned until those who wait have had
         self._number = 0
+
+    @property
+    def hits(self) -> int:
+        """Requests that found one."""
+        return self.found.total()
 
     def begin(self, request: Request) -> None:
         """Give a request that has arrived its chain."""
@@ -86,6 +94,7 @@ class Checkpoints:
         """Put a state from the disk on the host and into the index."""
         if state.key not in self._by_key:
             self.enter(state, force=True)
+            self._by_key[state.key].fresh = True
         checkpoint = self._by_key[state.key]
         checkpoint.pins += 1
         self._fetched.append(checkpoint)
@@ -103,6 +112,8 @@ class Checkpoints:
         """Those who can begin with a checkpoint now have begun with it."""
         self.tiers.spared = None
         for checkpoint in self._fetched:
+            if self.tiers.host_bytes > self.tiers.host_budget:
+                self.tiers.lift(checkpoint)
             checkpoint.pins -= 1
         if self._fetched:
             self._fetched.clear()
@@ -142,7 +153,8 @@ class Checkpoints:
         self.queries += 1
         self.queried_tokens += request.prompt_length
         if found is not None:
-            self.hits += 1
+            self.found[found.tier] += 1
+            found.fresh = False
             self.saved_tokens += found.position
         else:
             parting = self.tree.parting(chain_of(request), request.walk)
@@ -222,7 +234,7 @@ class Checkpoints:
         return CacheStats(
             queried=self.queried_tokens,
             saved=self.saved_tokens,
-            hits=self.hits,
+            hits=dict(self.found),
             misses=dict(self.misses),
             checkpoints=counts,
             bytes=sizes,
@@ -262,6 +274,8 @@ class Checkpoints:
         if kept:
             self._index(checkpoint, chain_of(request))
             request.kept.append(checkpoint)
+        else:
+            self.tree.miss(chain_of(request), checkpoint.position)
         self.sweep()
 
     def _index(self, checkpoint: Checkpoint, chain: Chain) -> None:

@@ -64,8 +64,10 @@ class Disk:
         return key in self._loads
 
     def spill(self, checkpoint: Checkpoint) -> None:
-        """Save a state that the host is about to give up, unless too many are being saved."""
-        if checkpoint.key in self.shelf or self._spills >= MOST_SPILLS:
+        """Save a state that the host is about to give up, if it is worth a file and few are being
+        saved."""
+        worth = checkpoint.position >= WORTH
+        if not worth or checkpoint.key in self.shelf or self._spills >= MOST_SPILLS:
             return
         self._spills += 1
 

@@ -156,10 +156,8 @@ class Shelf(Catalogue):
         self.path(key).unlink(missing_ok=True)
 
     def _write(self, chain: Chain, position: int, image: Image, salt: str) -> None:
-        capacity, key = self.capacity, chain.key(position)
-        metadata = archive.describe(capacity, chain, position, salt=salt)
-        tokens = archive.narrow(chain.tokens[:position], capacity.vocab_size)
-        tensors = [tokens, *image.tensors]
+        key = chain.key(position)
+        metadata, tensors = archive.contents(self.capacity, chain, position, image, salt=salt)
         size = archive.size_of(metadata, tensors)
         self._make_room(size)
         written = False

@@ -81,6 +81,7 @@ class Holdings:
         self.block_size = capacity.block_size if capacity.blocks else 0
         self.state_bytes = capacity.state_bytes
         self.block_bytes = capacity.block_bytes
+        self.pinned = capacity.pinned
 
     @property
     def most_positions(self) -> int | None:
@@ -93,7 +94,8 @@ class Holdings:
 
     def bytes_for(self, positions: int) -> int:
         """What the state of so many positions takes on the host."""
-        return self.state_bytes + self.blocks_for(positions) * self.block_bytes
+        sizes = self.state_bytes, self.blocks_for(positions) * self.block_bytes
+        return sum(1 << (size - 1).bit_length() if self.pinned and size else size for size in sizes)
 
     def lacking(self, request: Request) -> int:
         """Blocks that a request still lacks for its known and expected tokens and the next one."""

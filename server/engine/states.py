@@ -49,6 +49,7 @@ class States:
         """Nothing is to be computed or expected: use the time."""
         if self.checkpoints.disk is not None:
             self.checkpoints.disk.rest()
+            self.checkpoints.sweep()
 
     def take_news(self) -> list[Output | Reply]:
         """What has come of files since the last time."""
@@ -156,17 +157,17 @@ class States:
         self._trim()
 
     def _write(self, message: Export, checkpoint: Checkpoint, chain: Chain, image: Image) -> None:
-        capacity = self.checkpoints.capacity
-        metadata = archive.describe(capacity, chain, checkpoint.position, salt=checkpoint.salt)
-        tokens = archive.narrow(chain.tokens, capacity.vocab_size)
+        capacity, position, salt = self.checkpoints.capacity, checkpoint.position, checkpoint.salt
+
+        def work() -> None:
+            contents = archive.contents(capacity, chain, position, image, salt=salt)
+            archive.write(Path(message.path), *contents)
 
         def end(future: Future[None]) -> None:
             error = future.exception()
             self._answer(message.id, Trouble(507, str(error)) if error else checkpoint)
 
-        self.checkpoints.jobs.start(
-            lambda: archive.write(Path(message.path), metadata, [tokens, *image.tensors]), end
-        )
+        self.checkpoints.jobs.start(work, end)
 
     def _import(self, message: Import) -> None:
         checkpoints, path = self.checkpoints, Path(message.path)

@@ -35,11 +35,19 @@ class Checkpoint:
     on_host: bool = False
     pins: int = 0
     rested: bool = False  # was saved for want of anything else to do
+    fresh: bool = False  # came from the disk, and nobody has begun with it yet
 
     @property
     def name(self) -> str:
         """As an owner of slots and blocks, and as a key on the host."""
         return f"checkpoint {self.number}"
+
+    @property
+    def tier(self) -> str:
+        """Where it is taken from by who begins with it now."""
+        if self.fresh:
+            return "disk"
+        return "host" if self.slot is None else "device"
 
     @property
     def gone(self) -> bool:
@@ -121,6 +129,20 @@ class Tiers:
                 self.copies.append(Copy(here, self.here(checkpoint), True))
                 self.device[checkpoint] = None
         self.touch(checkpoint)
+
+    def lift(self, checkpoint: Checkpoint) -> None:
+        """Put one from the disk on the device as well, where the host is too small to keep it until
+        it is asked for. Not one with KV blocks, nor into the only slot."""
+        if (
+            self.holdings.block_size
+            or self.holdings.slots.total == 1
+            or checkpoint.slot is not None
+        ):
+            return
+        if self.holdings.slots.free or self.evict():
+            checkpoint.slot = self.holdings.slots.take(checkpoint.name)
+            self.copies.append(Copy(self.saved(checkpoint), self.here(checkpoint), True))
+            self.device[checkpoint] = None
 
     def evict(self) -> bool:
         """Clear the device of its least recently used checkpoint; False: there is none."""

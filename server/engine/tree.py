@@ -173,6 +173,17 @@ class Tree(Generic[L]):
             block.parent.drop(block.tokens)
             block = block.parent
 
+    def miss(self, chain: Chain, position: int) -> None:
+        """Remember a prefix for which there was no room as one that was given up."""
+        index, rest = divmod(position, BLOCK)
+        if rest:
+            self._forget(tail_digest(chain.digest(index), chain.chunk(index, rest)))
+        while index and (digest := chain.digest(index)) not in self.blocks:
+            if digest in self._ghosts:
+                break
+            self._forget(digest)
+            index -= 1
+
     def _follow(self, chain: Chain, path: list[Block[L]]) -> None:
         """Go on along known blocks, from where the path still stands. A block goes after those
         that follow it, so that what is left of a path is whole."""

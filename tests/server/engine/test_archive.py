@@ -90,6 +90,49 @@ def test_what_is_written_is_read(tmp_path: Path, length: int) -> None:
     assert state.bytes == (tmp_path / "a").stat().st_size
 
 
+@pytest.mark.parametrize("empty", ["keys.1", "state.0"])
+def test_zeros_take_no_room(tmp_path: Path, empty: str) -> None:
+    """A ring that holds nothing is in no file, and comes back."""
+    full = image().tensors
+    tensors = [
+        replace(t, data=memoryview(bytes(t.data.nbytes))) if t.name == empty else t for t in full
+    ]
+    for name, given in (("full", full), ("less", tensors)):
+        contents = archive.contents(CAPACITY, chain(40), 40, Image(given), salt=SALT)
+        archive.write(tmp_path / name, *contents)
+        state = archive.read(tmp_path / name, CAPACITY)
+        assert state.image.tensors == given and state.key == chain(40).key(40)
+    size = next(t.data.nbytes for t in full if t.name == empty)
+    assert (tmp_path / "less").stat().st_size < (tmp_path / "full").stat().st_size - size
+
+
+def test_zeros_of_another_server_are_left_alone(tmp_path: Path) -> None:
+    """One without rings shares a directory with one that has them."""
+    state, keys = image().tensors
+    empty = Image([state, replace(keys, data=memoryview(bytes(keys.data.nbytes)))])
+    kept, told = shelf(tmp_path), []
+    kept.save(chain(40), 40, empty, SALT, told.append)
+    kept.jobs.wait()
+    assert told == [None] and "keys.1" in archive.read_header(kept.path(*kept.entries)).zeros
+    other = replace(CAPACITY, slot_layout=CAPACITY.slot_layout[:1])
+    assert not Shelf(tmp_path, other, Jobs(), budget=1 << 30).entries
+    assert not list((tmp_path / "quarantine").iterdir()) and list(shelf(tmp_path).entries)
+
+
+def test_what_grows_with_a_sequence_is_never_left_out(tmp_path: Path) -> None:
+    """Else a small file of many tokens would take any amount of memory."""
+    growing = replace(CAPACITY, block_size=8, block_layout=(Layout("kv", "F32", (64,)),))
+    made = Chain(root_of(growing.identity, SALT), chain(40).tokens)
+    blocks = Tensor("kv", "F32", (5, 64), memoryview(bytes(5 * 256)))
+    given = Image([*image().tensors, blocks])
+    metadata, tensors = archive.contents(growing, made, 40, given, salt=SALT)
+    archive.write(tmp_path / "a", metadata, tensors)
+    assert archive.read(tmp_path / "a", growing).image.tensors[-1] == blocks
+    archive.write(tmp_path / "a", {**metadata, "zeros": "kv"}, tensors[:-1])
+    with pytest.raises(ArchiveError, match="'kv' is said to be zeros"):
+        archive.read(tmp_path / "a", growing)
+
+
 def test_the_library_reads_it_too(tmp_path: Path) -> None:
     from safetensors import safe_open
 
@@ -180,6 +223,9 @@ INFINITE = struct.pack("<12H", *[0] * 11, 0x7F80)
         ({"fingerprint": "e" * 64}, "fingerprint"),
         ({"dtype": "bfloat16"}, "dtype"),
         ({"version": "1"}, "version"),
+        ({"zeros": "state.0"}, "'state.0' is said to be zeros"),
+        ({"zeros": "tokens"}, "'tokens' is said to be zeros"),
+        ({"zeros": "messages"}, "'messages' is said to be zeros"),
         ({"identity": "e" * 64}, "lays states out otherwise"),
         ({"block": "0" * 64}, "block"),
         ({"trail": "00" * 8}, "trail"),

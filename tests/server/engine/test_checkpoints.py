@@ -130,7 +130,8 @@ def test_running_sequences_come_first():
     assert len(tiers.device) == 0 and len(tiers.host) >= 4
     bench.finish()
     assert all(bench.result(message.id) == alone(message) for message in late)
-    assert ask(bench, generate("again", words(100, 0), 1)) == 1  # from the host
+    assert ask(bench, generate("again", words(100, 0), 1)) == 1
+    assert +bench.scheduler.checkpoints.found == {"host": 1}
 
 
 def test_one_slot_and_no_host_memory_serve_as_before():
@@ -166,6 +167,15 @@ def test_short_prompts_are_left_alone():
     assert ask(bench, generate("a", LEAST, 1)) == LEAST
     assert ask(bench, generate("b", LEAST, 1)) == LEAST
     assert +bench.scheduler.checkpoints.misses == {"short": 2}
+
+
+@pytest.mark.parametrize("length", [100, 256, 700])
+def test_what_there_was_no_room_for_is_not_taken_for_new(length: int):
+    bench = caching(slots=1, host_bytes=0)
+    for n in range(2):
+        ask(bench, generate(f"a{n}", words(length, 1), 1))
+        ask(bench, generate(f"other {n}", words(length, 2 + n), 1))
+    assert +bench.scheduler.checkpoints.misses == {"new": 3, "evicted": 1}
 
 
 def test_every_query_is_a_hit_or_has_a_reason():
@@ -287,6 +297,21 @@ def test_hybrids_make_room_for_who_runs():
     for message in messages:
         assert bench.result(message.id) == alone(message)
     assert bench.scheduler.preemptions["blocks"] == 0
+
+
+def test_nothing_is_given_up_for_one_who_does_not_fit_even_so():
+    bench = caching(blocks=30, block_size=4, slots=8, host_bytes=0)
+    ask(bench, generate("seed", words(40, 1), 1))
+    bench.add(generate("runs", words(40, 2), 9))
+    bench.step()
+    kept = set(bench.scheduler.checkpoints.tiers.device)
+    late = generate("late", words(90, 3), 2)
+    bench.add(late)
+    bench.step()
+    assert "late" in bench.scheduler.waiting and len(kept) > 0
+    assert kept <= set(bench.scheduler.checkpoints.tiers.device)
+    bench.finish()
+    assert bench.result("late") == alone(late)
 
 
 def test_a_prompt_that_needs_every_block_gets_them():

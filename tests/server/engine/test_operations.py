@@ -184,6 +184,11 @@ class World:
             cache.evict()
         self.bench.finish()
 
+    def rest(self) -> None:
+        """There is nothing to do for a moment."""
+        self.bench.scheduler.states.rest()
+        self.bench.finish()
+
     def restart(self) -> None:
         """With files contexts are there again; without, there are none."""
         if self.rng.random() < 0.1:
@@ -196,7 +201,7 @@ class World:
     def operate(self, count: int) -> None:
         operations = [
             *[self.create] * 3, *[self.append] * 3, self.fork, *[self.delete] * 3,
-            *[self.chat] * 5, *[self.complete] * 4, self.evict, self.restart,
+            *[self.chat] * 5, *[self.complete] * 4, self.evict, self.rest, self.restart,
         ]  # fmt: skip
         for _ in range(count):
             operation = self.rng.choice(operations)
@@ -241,7 +246,7 @@ def test_ten_thousand_operations(
 ) -> None:
     world = World(count, tmp_path if kind == "disk" else None, **fields)
     world.operate(count)
-    assert len(world.done) == 8 and min(world.done.values()) > count / 50
+    assert len(world.done) == 9 and min(world.done.values()) > count / 50
     assert world.saved > 15 * count and world.refused > 0
     world.leave()
 
@@ -272,5 +277,5 @@ def test_operations_on_a_real_model(
 ) -> None:
     world = Real(7, tmp_path if disk else None, tmp_path_factory.mktemp("models"), kind)
     world.operate(300)
-    assert len(world.done) == 8 and world.saved > 5000
+    assert len(world.done) == 9 and world.saved > 5000
     world.leave()

@@ -45,6 +45,13 @@ def test_a_lost_one_is_noticed():
         pool.check()
 
 
+def test_pinned_memory_comes_in_powers_of_two():
+    sizes = {"blocks": 8, "block_size": 16, "block_bytes": 100, "state_bytes": 1000}
+    assert Holdings(capacity(**sizes)).bytes_for(33) == 1300
+    assert Holdings(capacity(**sizes, pinned=True)).bytes_for(33) == 1024 + 512
+    assert Holdings(capacity(state_bytes=1024, pinned=True)).bytes_for(33) == 1024
+
+
 @pytest.mark.parametrize("positions, blocks", [(0, 0), (1, 1), (16, 1), (17, 2), (160, 10)])
 def test_blocks_cover_positions(positions: int, blocks: int):
     assert Holdings(capacity(blocks=8, block_size=16)).blocks_for(positions) == blocks

@@ -131,6 +131,8 @@ def test_states_outlive_the_process(tmp_path: Path):
     assert ask(third, generate("b", [*document, 5, 6], 1, salt="s")) == 2  # found by its tokens
     assert ask(third, generate("c", [*document, 5, 6], 1)) == 302  # and salt
     assert third.scheduler.checkpoints.disk.shelf.load_seconds
+    assert ask(third, generate("d", [*document, 5, 7], 1, salt="s")) == 2
+    assert +third.scheduler.checkpoints.found == {"disk": 1, "device": 1}
 
 
 def test_a_damaged_file_is_computed_anew(tmp_path: Path):
@@ -183,6 +185,20 @@ def test_no_host_memory_but_a_disk(tmp_path: Path):
     assert goes_on(bench, "a", made.key, words(300, 1), words(9, 3)) == 9
 
 
+@pytest.mark.parametrize("slots", [2, 4])
+def test_a_state_is_read_once_though_the_host_cannot_keep_it(tmp_path: Path, slots: int):
+    """It is fetched, and only then asked for."""
+    made = state(read(caching(directory=tmp_path), "r", words(300, 1)))
+    bench = caching(directory=tmp_path, slots=slots, host_bytes=0)
+    ask(bench, generate("other", words(300, 2), 1))
+    for n in range(2):
+        reply = bench.call(Fetch(f"f{n}", made.key))
+        assert reply is not None and reply.state == made
+        assert goes_on(bench, f"a{n}", made.key, words(300, 1), words(9, 3)) <= 9
+        assert not bench.scheduler.checkpoints.tiers.host and not bench.runner.saved
+    assert len(bench.scheduler.checkpoints.disk.shelf.load_seconds) == 1
+
+
 def test_idle_time_saves_what_is_worth_it(tmp_path: Path):
     bench = caching(directory=tmp_path)
     ask(bench, generate("a", words(300, 1), 1))
@@ -193,6 +209,17 @@ def test_idle_time_saves_what_is_worth_it(tmp_path: Path):
     assert [e.position for e in bench.scheduler.checkpoints.disk.shelf.entries.values()] == [299]
     again = caching(directory=tmp_path)
     assert ask(again, generate("a", words(300, 1), 1)) == 1
+
+
+def test_idle_time_makes_room_on_a_full_host(tmp_path: Path):
+    """What the host gives up for a state on its way to the disk is gone at once."""
+    bench = caching(directory=tmp_path, slots=3, host_bytes=SIZE + 100)
+    for n in range(4):
+        ask(bench, generate(f"{n}", words(300, n), 1))
+    for _ in range(8):
+        bench.scheduler.states.rest()
+        bench.finish()
+    assert len(bench.scheduler.checkpoints.disk.shelf.entries) == 4
 
 
 def test_a_full_disk_fails_the_read_and_nothing_else(

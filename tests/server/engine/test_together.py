@@ -124,6 +124,13 @@ class Everything(Readers):
             path = Path(self.folder.name) / "export"
             self.bench.scheduler.states.call(Export(f"export {self.exports}", state.key, str(path)))
 
+    @rule()
+    def rest(self) -> None:
+        """Nothing is to be computed or expected, as the loop sees it."""
+        idle = self.bench.scheduler.idle and self.bench.under_way is None
+        if idle and not self.bench.expecting:
+            self.bench.scheduler.states.rest()
+
     @rule(pick=st.integers(0, 1000))
     def give_up(self, pick: int) -> None:
         """A reading is aborted."""
