@@ -4,8 +4,9 @@
 
 Servers are started as a user starts them, all at once, and asked over HTTP; a shape gets random
 weights, made on the device, and a token a byte. A time is from sending a request to the end of its
-answer of one token, the median of several. Before each of these other prompts take every slot, and
-for the disk all of the host's memory too, and the system forgets what it has read of the file;
+answer of one token, the median of several. Before those of the host other prompts take every slot,
+before those of the disk all of the host's memory too, and the system forgets what it has read of
+the file; before those of the device one other prompt wakes what has slept.
 /metrics must say that the state was taken from the tier that is named. What caching costs is
 measured by turns on two servers, with prompts that are never asked again, until the memory of the
 host has been full once: shares are medians over the turns.
@@ -41,7 +42,7 @@ SLOTS = 4
 ROOM = 16  # states that the host holds beside the slots, at least
 SAMPLES = 7
 DECODERS = 32
-DECODED = 256  # tokens of each
+DECODED = (128, 384)  # tokens of each, of lengths in between: they end one by one, as chats do
 TURNS = 3
 
 BEGIN = time.monotonic()
@@ -96,10 +97,13 @@ class Server:
     def decode(self, count: int, seed: int) -> float:
         """Tokens a second over so many requests, DECODERS at a time."""
 
+        lengths = random.Random(seed)
+        wanted = [lengths.randint(*DECODED) for _ in range(count)]
+
         def one(number: int) -> int:
             answer = self.post(
                 "/v1/completions", prompt=text(100, 1_000_000 * seed + number),
-                max_tokens=DECODED, ignore_eos=True, temperature=0,
+                max_tokens=wanted[number], ignore_eos=True, temperature=0,
             )  # fmt: skip
             return int(answer["usage"]["completion_tokens"])
 
@@ -156,8 +160,12 @@ def tiers(server: Server, tokens: int, directory: Path, *, beyond: int) -> list[
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
+    def woken() -> None:
+        rested(directory)
+        server.others(1)
+
     befores: dict[str, Callable[[], None]] = {
-        "device": lambda: rested(directory),
+        "device": woken,
         "host": lambda: server.others(2 * SLOTS),
         "disk": from_disk,
     }
@@ -208,7 +216,7 @@ def costs(on: Server, off: Server, tokens: int) -> list[Row]:
             f"prefill {reading[on]:,.0f} against {reading[off]:,.0f}"
         )
     works = {
-        "decode": f"decode, {DECODERS} concurrent x {DECODED} tokens",
+        "decode": f"decode, {DECODERS} concurrent x {DECODED[0]} to {DECODED[1]} tokens",
         "prefill": f"prefill of {tokens:,} tokens",
     }
     return [
