@@ -346,13 +346,15 @@ def load_runner(
     )
     runner = ModelRunner(model, store, capacity, max_step_tokens=step_tokens, seconds=seconds)
     runner.parameters = parameters
+    tokens = min(step_tokens, length or step_tokens)
     with _phase(seconds, "warm_up"):
-        runner.warm_up(min(step_tokens, length or step_tokens))
-        store.slots.poison()
+        runner.warm_up(tokens)
     if where.type == "cuda":
         with _phase(seconds, "graphs"):
             runner.graphs = DecodeGraphs(model, store, runner.sequences, min(slots, CAPTURED))
             runner.graphs.capture()
+            runner.warm_up(tokens)  # capturing has emptied the allocator's cache
+    store.slots.poison()
     return runner
 
 
