@@ -163,6 +163,8 @@ def floor(runner: ModelRunner, fields: Fields, work: Work, rates: Rates) -> floa
         return seconds + scores / rates.attention
     met = 1 - (1 - top / experts) ** work.count
     weights = sum(t.nbytes * (met if t.ndim == 3 else 1) for t in parameters.tensors)
+    tables = [t for t in parameters.tensors if t.shape[0] == runner.capacity.vocab_size]
+    weights -= sum(t.nbytes for t in tables[1:])  # an embedding beside the head: some rows of it
     states = sum(
         view[0].nbytes
         for name, view in runner.store.slots.views.items()
