@@ -1,6 +1,7 @@
 """Chunk and Sampling: the words that server and model share. No torch here.
 
-A prompt chunk and a decode token are both a Chunk: above the kernels there are no phases.
+A prompt chunk and a decode token are both a Chunk: above the kernels there are no phases. What is
+made anew for every row of every step is a struct: these are made in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import msgspec
 
 PENDING = -1  # stands for the id that the slot's last step draws, which the host has not read yet
 
@@ -45,8 +48,7 @@ class Sampling:
         )
 
 
-@dataclass(slots=True, kw_only=True)
-class Chunk:
+class Chunk(msgspec.Struct, kw_only=True, gc=False):
     """Tokens of one sequence to compute in this step.
 
     tokens:   ids at positions start .. start + len(tokens) - 1, at least one; a single one may be
@@ -77,8 +79,7 @@ class Chunk:
     before: Sequence[int] = ()
 
 
-@dataclass(slots=True)
-class Sampled:
+class Sampled(msgspec.Struct, gc=False):
     """A drawn token. token -1: the logits were not finite, the request must fail.
 
     logprob and top (id, log-probability; best first) are of the model's distribution before
@@ -87,7 +88,7 @@ class Sampled:
 
     token: int
     logprob: float | None = None
-    top: list[tuple[int, float]] = field(default_factory=list)
+    top: list[tuple[int, float]] = []
 
 
 @dataclass(slots=True, frozen=True)

@@ -18,7 +18,7 @@ from kernels.sampling import draw
 from model.batch import Batch
 from model.chunk import Chunk
 from model.families import Family, terms_of
-from model.sampling import noise_keys, warmth
+from model.sampling import Wishes
 from model.sequences import Sequences
 from model.store import Store
 
@@ -36,14 +36,15 @@ def ladder(most: int) -> list[int]:
 class Inputs:
     """What the host says of a step: one buffer on the device, several on the host."""
 
-    def __init__(self, most: int, device: torch.device) -> None:
+    def __init__(self, most: int, wishes: Wishes, device: torch.device) -> None:
+        self._wishes = wishes
         kinds = [(torch.int64, 4), (torch.int32, 1), (torch.float32, 1)]
         size = sum(kind.itemsize * count for kind, count in kinds) * most
         self.device = torch.zeros(size, dtype=torch.uint8, device=device)
         self._hosts = [
             torch.zeros(size, dtype=torch.uint8, pin_memory=True) for _ in range(IN_FLIGHT)
         ]
-        self._views = [self._split(host, most) for host in self._hosts]
+        self._views = [[view.numpy() for view in self._split(host, most)] for host in self._hosts]
         self.ids, self.positions, self.keys, self.rows, self.slots, self.temperatures = self._split(
             self.device, most
         )
@@ -62,16 +63,15 @@ class Inputs:
         """Send chunks of one token each, and padding up to `size`."""
         n = len(chunks)
         self._turn = (self._turn + 1) % IN_FLIGHT
-        ids, positions, keys, rows, slots, temperatures = (
-            view.numpy() for view in self._views[self._turn]
-        )
+        ids, positions, keys, rows, slots, temperatures = self._views[self._turn]
         ids[:n] = [chunk.tokens[0] for chunk in chunks]
         positions[:n] = [chunk.start for chunk in chunks]
         slots[:n] = [chunk.slot for chunk in chunks]
-        temperatures[:n] = [warmth(chunk.sampling) if chunk.sampling else 0.0 for chunk in chunks]
-        keys[:n] = noise_keys(chunks)
+        self._wishes.take(chunks)
+        temperatures[:n] = self._wishes.temperatures[slots[:n]]
+        keys[:n] = self._wishes.keys(slots[:n], [chunk.generated for chunk in chunks])
         ids[n:size], positions[n:size], slots[n:size], temperatures[n:size] = 0, 0, -1, 0.0
-        rows[:size] = Sequences.rows(self._views[self._turn][4][:size]).numpy()
+        rows[:size] = slots[:size] + Sequences.PADDING
         self.device.copy_(self._hosts[self._turn], non_blocking=True)
 
 
@@ -92,7 +92,8 @@ class DecodeGraphs:
         self._model = model
         self._store = store
         self._sequences = sequences
-        self._inputs = Inputs(most, store.device)
+        self.wishes = Wishes(store.slots.count)
+        self._inputs = Inputs(most, self.wishes, store.device)
         self._cu_seqlens = torch.arange(most + 1, dtype=torch.int32, device=store.device)
         self._captured: dict[int, Captured] = {}
 
@@ -113,11 +114,11 @@ class DecodeGraphs:
 
     def serve(self, chunks: Sequence[Chunk]) -> bool:
         """Whether a step is one of theirs: it has one token of every sequence."""
-        return len(chunks) <= self.sizes[-1] and all(len(chunk.tokens) == 1 for chunk in chunks)
+        return len(chunks) <= self.sizes[-1] and all([len(chunk.tokens) == 1 for chunk in chunks])
 
     def replay(self, chunks: Sequence[Chunk]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fold the chunks in; ids [n] as drawn from plain logits, and the terms [S, n, V] of these,
-        both theirs until the next replay."""
+        """Fold the chunks in; ids [n] as drawn from the logits as they are, and the terms [S, n, V]
+        of these, both theirs until the next replay."""
         size = self.sizes[bisect_left(self.sizes, len(chunks))]
         self._inputs.fill(chunks, size)
         captured = self._captured[size]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from model.config import ConfigError, Fields
 from model.families import Family, added, build, logits_of
 from model.graphs import DecodeGraphs
 from model.lightning import Memory
-from model.sampling import Seen, plain, read, sample
+from model.sampling import Seen, read, sample
 from model.sequences import Sequences
 from model.store import Field, Saved, Store, row_bytes
 from model.transfer import upload
@@ -83,16 +83,16 @@ class ModelRunner:
 
         Raises OutOfDeviceMemory; the slots of these chunks then hold garbage, others are as before.
         """
-        order = sorted(range(len(chunks)), key=lambda i: len(chunks[i].tokens) > 1)
+        graphs = self.graphs if self.graphs is not None and self.graphs.serve(chunks) else None
+        order: Sequence[int] = range(len(chunks))
+        if graphs is None:
+            order = sorted(order, key=lambda i: len(chunks[i].tokens) > 1)
         ordered = [chunks[i] for i in order]
         asking = [i for i in order if chunks[i].sampling is not None]
         try:
             self.sequences.keep(ordered)
             self.seen.record(ordered, self.sequences)
-            if self.graphs is not None and self.graphs.serve(ordered):
-                drawn = self._replay(ordered)
-            else:
-                drawn = self._run(ordered)
+            drawn = self._run(ordered) if graphs is None else self._replay(graphs, ordered)
             return Launched(chunks, asking, *self._leave(drawn))
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
@@ -109,16 +109,15 @@ class ModelRunner:
                 results[i] = sampled
         return results
 
-    def _replay(self, chunks: list[Chunk]) -> torch.Tensor | None:
+    def _replay(self, graphs: DecodeGraphs, chunks: list[Chunk]) -> torch.Tensor | None:
         """A step of one token of each sequence, by a graph."""
-        assert self.graphs is not None
-        ids, terms = self.graphs.replay(chunks)
+        ids, terms = graphs.replay(chunks)
         asking = [chunk for chunk in chunks if chunk.sampling is not None]
         if len(asking) < len(chunks):
             places = [i for i, chunk in enumerate(chunks) if chunk.sampling is not None]
             rows = upload(places, self.store.device, np.int64)
             ids, terms = ids[rows], terms[:, rows]
-        if all(plain(chunk) for chunk in chunks):
+        if graphs.wishes.plain(chunks):
             return ids
         drawn = sample(added(terms), asking, self.seen)
         self._remember(asking, drawn)

@@ -15,21 +15,38 @@ from model.transfer import upload
 
 PROMPT = 1 << 30  # in Seen: this id stands in the prompt; the bits below count generated ones
 MASK64 = (1 << 64) - 1
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+SPLITMIX = (
+    (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
+    (np.uint64(27), np.uint64(0x94D049BB133111EB)),
+)
 COLDEST = 1e-5  # below this temperature the best token is all that float32 would leave
 
 
 def noise_keys(chunks: Sequence[Chunk]) -> np.ndarray:
     """64 bits (int64) for each chunk, a function of its sampling's seed and of how many tokens it
     has generated alone (splitmix64, two rounds); 0 where there is no sampling."""
-    wanted = [(c.sampling.seed & MASK64, c.generated) if c.sampling else (0, 0) for c in chunks]
-    seeds, counters = np.array(wanted, dtype=np.uint64).reshape(-1, 2).T
-    x = seeds * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x1234567)
-    for word in (np.zeros_like(counters), counters):
-        x = x + word + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x ^= x >> np.uint64(31)
-    return np.where([c.sampling is not None for c in chunks], x, np.uint64(0)).view(np.int64)
+    keys = _counted(_seeded([c.sampling for c in chunks]), [c.generated for c in chunks])
+    return np.where([c.sampling is not None for c in chunks], keys, 0)
+
+
+def _seeded(wanted: Sequence[Sampling | None]) -> np.ndarray:
+    """The first round, of the seeds."""
+    seeds = np.array([s.seed & MASK64 if s else 0 for s in wanted], dtype=np.uint64)
+    return _mixed(seeds * GOLDEN + np.uint64(0x1234567))
+
+
+def _counted(seeded: np.ndarray, generated: Sequence[int]) -> np.ndarray:
+    """The second round, of how many tokens were generated."""
+    return _mixed(seeded + np.array(generated, dtype=np.uint64)).view(np.int64)
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """A round of splitmix64."""
+    x = x + GOLDEN
+    for shift, factor in SPLITMIX:
+        x = (x ^ (x >> shift)) * factor
+    return x ^ (x >> np.uint64(31))
 
 
 def warmth(sampling: Sampling) -> float:
@@ -37,12 +54,42 @@ def warmth(sampling: Sampling) -> float:
     return sampling.temperature if sampling.temperature >= COLDEST else 0.0
 
 
-def plain(chunk: Chunk) -> bool:
-    """Whether a token is drawn from the logits as they are: kernels.sampling.draw does it."""
-    s = chunk.sampling
-    return s is None or not (
-        chunk.suppress or s.logit_bias or s.penalised or s.logprobs is not None or _filtered(s)
-    )
+class Wishes:
+    """How the sequence in each slot asks for its tokens, as arrays: worked out when another
+    Sampling comes to a slot, for a Sampling never changes.
+
+    temperatures: warmth(), 0 where nothing is asked for.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.temperatures = np.zeros(slots, dtype=np.float32)
+        self._seeded = np.zeros(slots, dtype=np.uint64)
+        self._plain = np.ones(slots, dtype=bool)
+        self._known: list[Sampling | None] = [None] * slots
+
+    def take(self, chunks: Sequence[Chunk]) -> None:
+        """Learn what chunks ask for that their slots did not ask for before."""
+        known = self._known
+        new = [chunk for chunk in chunks if chunk.sampling is not known[chunk.slot]]
+        if not new:
+            return
+        self._seeded[[chunk.slot for chunk in new]] = _seeded([chunk.sampling for chunk in new])
+        for chunk in new:
+            slot, sampling = chunk.slot, chunk.sampling
+            known[slot] = sampling
+            self.temperatures[slot] = warmth(sampling) if sampling else 0.0
+            self._plain[slot] = sampling is None or _plain(sampling)
+
+    def keys(self, slots: np.ndarray, generated: Sequence[int]) -> np.ndarray:
+        """noise_keys() of slots that have generated so many; any where nothing is asked for."""
+        return _counted(self._seeded[slots], generated)
+
+    def plain(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether tokens are drawn from the logits as they are: kernels.sampling.draw does it. Of
+        chunks that were taken."""
+        if any([chunk.suppress for chunk in chunks]):
+            return False
+        return bool(self._plain[[chunk.slot for chunk in chunks]].all())
 
 
 class Seen:
@@ -161,6 +208,10 @@ def _column(values: list[float], device: torch.device) -> torch.Tensor:
 
 def _filtered(s: Sampling) -> bool:
     return s.top_k > 0 or s.top_p < 1 or s.min_p > 0
+
+
+def _plain(s: Sampling) -> bool:
+    return not (s.logit_bias or s.penalised or s.logprobs is not None or _filtered(s))
 
 
 def _bias(logits: torch.Tensor, chunks: Sequence[Chunk]) -> None:

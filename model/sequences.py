@@ -18,10 +18,12 @@ class Sequences:
     tables: [slots, most blocks] int32, the blocks of each slot's sequence in order.
     """
 
+    PADDING = 1  # rows before those of slots
+
     def __init__(self, slots: int, most_blocks: int, device: torch.device) -> None:
         self.device = device
         self._latest = torch.zeros(
-            slots + 1, dtype=torch.int64, device=device
+            slots + self.PADDING, dtype=torch.int64, device=device
         )  # the first: padding
         self.tables = torch.full((slots, most_blocks), -1, dtype=torch.int32, device=device)
         self._known: list[Sequence[int]] = [() for _ in range(slots)]  # blocks that are in tables
@@ -31,13 +33,11 @@ class Sequences:
         places: list[int] = []
         blocks: list[int] = []
         width = self.tables.shape[1]
-        for chunk in chunks:
-            if not chunk.blocks:
-                continue
+        for chunk in chunks if width else ():
             known = self._known[chunk.slot]
             count = len(known) if _goes_on(chunk, known) else 0
-            new = chunk.blocks[count:]
-            if new:
+            if count < len(chunk.blocks):
+                new = chunk.blocks[count:]
                 first = chunk.slot * width + count
                 places += range(first, first + len(new))
                 blocks += new
@@ -61,7 +61,7 @@ class Sequences:
     @staticmethod
     def rows(slots: torch.Tensor) -> torch.Tensor:
         """slots [N] -> where they are remembered, [N] int64."""
-        return slots.long() + 1
+        return slots.long() + Sequences.PADDING
 
 
 def _goes_on(chunk: Chunk, known: Sequence[int]) -> bool:

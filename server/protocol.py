@@ -127,7 +127,7 @@ class State(msgspec.Struct, kw_only=True):
     salt: str
 
 
-class Output(msgspec.Struct, kw_only=True, omit_defaults=True):
+class Output(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
     """News of one request.
 
     tokens:   newly generated ids, raw int32; the stop id itself is the last when finish is "stop".
@@ -224,6 +224,11 @@ def worker_of(id: str, workers: int) -> int:
 def pack_tokens(ids: list[int] | array[int]) -> bytes:
     """Ids as raw int32."""
     return array("i", ids).tobytes()
+
+
+def pack_token(id: int) -> bytes:
+    """One id as raw int32."""
+    return id.to_bytes(4, "little", signed=True)
 
 
 def unpack_tokens(data: bytes) -> array[int]:

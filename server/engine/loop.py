@@ -192,7 +192,8 @@ class Loop:
         last, self._collected = self._collected, self.clock()
         seconds = self._collected - (work.begun if last is None else last)
         if self.scheduler.budget.target is not None:
-            self.scheduler.budget.learn(work.tokens - work.rows, work.rows, seconds)
+            rows = work.rows
+            self.scheduler.budget.learn(work.tokens - rows, rows, seconds)
 
     def _read(self, data: bytes) -> list[Output]:
         """Carry out one message. One that cannot be is logged, and answered if it names an id."""

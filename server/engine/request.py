@@ -81,9 +81,10 @@ class Request:
     @property
     def remaining(self) -> int:
         """Tokens that can be computed."""
-        if self.ending:
-            return 0
-        return len(self.tokens) + self.drawing - self.computed - self.more
+        known = len(self.tokens) + self.drawing
+        if self.drawing and known >= self.length_limit:
+            return 0  # it is ending
+        return known - self.computed - self.more
 
     @property
     def ending(self) -> bool:
@@ -100,11 +101,13 @@ class Request:
     @property
     def suppress(self) -> tuple[int, ...]:
         """Ids that the next step may not draw."""
-        return self.stop_ids if self.generated + self.drawing < self.min_tokens else ()
+        if not self.min_tokens or self.generated + self.drawing >= self.min_tokens:
+            return ()
+        return self.stop_ids
 
     def append(self, token: int) -> None:
         """Take a drawn token, and end if it is the last."""
-        stops = self.generated >= self.min_tokens and token in self.stop_ids
+        stops = token in self.stop_ids and self.generated >= self.min_tokens
         self.tokens.append(token)
         if stops:
             self.finish = "stop"

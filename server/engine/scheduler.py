@@ -154,17 +154,17 @@ class Scheduler:
         if self.checkpoints is not None:
             self.checkpoints.jobs.done()
             for request in self.running.order:
-                self.checkpoints.take(request)
+                if request.wanted:
+                    self.checkpoints.take(request)
         admitted = self._admit(now)
         packed = self._pack()
-        requests = [self.running[id] for id in packed]
-        for turn, request in enumerate(requests, self._turns + 1):
+        for turn, request in enumerate(packed, self._turns + 1):
             request.served = turn
-        self._turns += len(requests)
-        chunks = [chunk_of(request, packed[request.id]) for request in requests]
+        self._turns += len(packed)
+        chunks = [chunk_of(request, count) for request, count in packed.items()]
         copies = self._copies.copy()
         self._copies.clear()
-        return Work(copies, chunks, requests, admitted, now)
+        return Work(copies, chunks, list(packed), admitted, sum(packed.values()), now)
 
     def complete(self, work: Work, sampled: list[Sampled | None]) -> list[Output]:
         """Take the tokens that the work has drawn; who has ended gives everything back.
@@ -288,33 +288,39 @@ class Scheduler:
             self.checkpoints.settle()
         return admitted
 
-    def _pack(self) -> dict[str, int]:
+    def _pack(self) -> dict[Request, int]:
         """How many tokens of whom: one token of all who have one left, then prompts in order.
 
         If the budget is less than that, turns are taken, among equally urgent ones the longest
         unserved first.
         """
-        ready = [request for request in self.running.order if request.remaining == 1]
-        reading = [request for request in self.running.order if request.remaining > 1]
+        ready: list[Request] = []
+        reading: list[Request] = []
+        for request in self.running.order:
+            remaining = request.remaining
+            if remaining == 1:
+                ready.append(request)
+            elif remaining > 1:
+                reading.append(request)
         order = ready + reading
         budget = self.budget.give(len(ready))
         if len(ready) >= budget:
             order.sort(key=lambda request: (request.rank[0], request.served))
-        packed: dict[str, int] = {}
+        packed: dict[Request, int] = {}
         for request in order:
             if budget == 0:
                 break
-            if request.id not in self.running:
+            if request.slot is None:
                 continue  # preempted by one before it in this step
             while (count := self._reach(request, budget)) == 0:
                 last = self.running.order[-1]
                 if last is request or last.ending:
                     break  # keeps its place until one before it needs it, or the last has ended
-                budget += packed.pop(last.id, 0)
+                budget += packed.pop(last, 0)
                 self._preempt(last, "blocks")
             if count:
                 self.holdings.cover(request, request.computed + count)
-                packed[request.id] = count
+                packed[request] = count
                 budget -= count
         return packed
 

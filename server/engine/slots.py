@@ -117,7 +117,7 @@ class Holdings:
 
     def cover(self, request: Request, positions: int) -> None:
         """Take the blocks that so many positions need beyond those already held."""
-        for _ in range(self.blocks_for(positions) - len(request.blocks)):
+        while len(request.blocks) * self.block_size < positions and self.block_size:
             request.blocks.append(self.blocks.take(request.id))
 
     def release(self, request: Request) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from array import array
 from dataclasses import dataclass
 
 from model.chunk import PENDING, Chunk, Copy, Sampled
 from server.engine.request import Request
-from server.protocol import Output, TokenLogprob, pack_tokens
+from server.protocol import Output, TokenLogprob, pack_token
+
+UNKNOWN = (PENDING,)  # the tokens of a chunk that begins where what is known ends
 
 
 @dataclass(slots=True)
@@ -18,11 +19,8 @@ class Work:
     chunks: list[Chunk]
     requests: list[Request]  # whose chunk it is, in the same order
     admitted: list[Request]  # who took its first slot, with or without a chunk
+    tokens: int  # of all chunks
     begun: float  # when it was scheduled
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(chunk.tokens) for chunk in self.chunks)
 
     @property
     def rows(self) -> int:
@@ -38,21 +36,21 @@ class Work:
 def chunk_of(request: Request, count: int) -> Chunk:
     """The next `count` tokens as a chunk; from here on they count as computed."""
     assert request.slot is not None
-    start, end = request.computed, request.computed + count
+    start, end, known = request.computed, request.computed + count, len(request.tokens)
     request.computed = end
     penalised = request.sampling.penalised
-    last = end == len(request.tokens) + request.drawing and not request.reading
+    last = end == known + request.drawing and not request.reading
     chunk = Chunk(
-        tokens=request.tokens[start:end] or array("i", [PENDING]),
+        tokens=request.tokens[start:end] if start < known else UNKNOWN,
         start=start,
         slot=request.slot,
         blocks=request.blocks,
         sampling=request.sampling if last else None,
-        generated=request.generated + request.drawing,
+        generated=known + request.drawing - request.prompt_length,
         suppress=request.suppress if last else (),
         prompt=start < request.prompt_length,
         penalised=penalised,
-        before=request.tokens[:start] if start and start == request.cached and penalised else (),
+        before=request.tokens[:start] if penalised and 0 < start == request.cached else (),
     )
     request.drawing += last
     return chunk
@@ -62,14 +60,16 @@ def output_of(
     request: Request, drawn: Sampled | None = None, *, error: str | None = None
 ) -> Output:
     """What there is to tell of a request; `started` is told once."""
-    started = None if request.announced else request.started
-    request.announced = request.started is not None
+    started = None
+    if not request.announced:
+        started = request.started
+        request.announced = started is not None
     logprobs = None
     if drawn is not None and drawn.logprob is not None:
         logprobs = [TokenLogprob(drawn.logprob, drawn.top)]
     return Output(
         id=request.id,
-        tokens=b"" if drawn is None else pack_tokens([drawn.token]),
+        tokens=b"" if drawn is None else pack_token(drawn.token),
         logprobs=logprobs,
         finish=request.finish,
         error=error,

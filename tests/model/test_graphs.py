@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from model.chunk import PENDING, Chunk, Copy, Place, Sampling
-from model.graphs import DecodeGraphs, ladder
+from model.graphs import DecodeGraphs, Inputs, ladder
 from model.runner import ModelRunner, load_runner
+from model.sampling import Wishes, noise_keys
 from model.sequences import Sequences
 from tests.model.checkpoints import write
 from tests.model.test_runner import DENSE
@@ -46,6 +47,57 @@ def test_tables_follow_their_slots() -> None:
     on.forget(2)
     on.keep([chunk(2, 90, 6, 1)])
     assert tables(2)[0][:2] == [6, 1]
+
+
+def test_what_a_step_is_told_follows_its_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes to a slot draws as it asks, not as the one before it did."""
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *a, pin_memory=False, **o: zeros(*a, **o))
+    wishes = Wishes(4)
+    inputs = Inputs(6, wishes, CPU)
+    cold, tepid = Sampling(temperature=0.0, seed=-1), Sampling(temperature=1e-6, seed=2**63)
+    inputs.fill((), 6)
+    assert inputs.slots.tolist() == [-1] * 6 and inputs.rows.tolist() == [0] * 6
+    for turn, kinds in enumerate([(WARM, cold), (WARM, tepid), (cold, WARM), (tepid, tepid)]):
+        chunks = [
+            Chunk(tokens=[7 + slot], start=9 + turn, slot=slot, sampling=kind, generated=turn)
+            for slot, kind in zip((3, 1), kinds, strict=True)
+        ]
+        inputs.fill(chunks, 4)
+        assert inputs.ids.tolist()[:4] == [10, 8, 0, 0]
+        assert inputs.positions.tolist()[:4] == [9 + turn] * 2 + [0, 0]
+        assert inputs.slots.tolist()[:4] == [3, 1, -1, -1]
+        assert inputs.rows.tolist()[:4] == [4, 2, 0, 0]
+        assert inputs.keys.tolist()[:2] == noise_keys(chunks).tolist()
+        warm = [0.9 if kind is WARM else 0.0 for kind in kinds]
+        assert inputs.temperatures.tolist()[:4] == pytest.approx([*warm, 0, 0])
+        assert wishes.plain(chunks)
+
+
+STEERED = (
+    {"top_k": 1}, {"top_p": 0.9}, {"min_p": 0.1}, {"logprobs": 0}, {"logit_bias": {1: 1.0}},
+    {"presence_penalty": 0.1}, {"frequency_penalty": 0.1}, {"repetition_penalty": 1.1},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("options", STEERED, ids=lambda options: next(iter(options)))
+def test_steered_rows_are_known_as_long_as_they_stay(options: dict[str, float]) -> None:
+    wishes = Wishes(3)
+
+    def plain(*kinds: Sampling | None, suppress: tuple[int, ...] = ()) -> bool:
+        chunks = [
+            Chunk(tokens=[1], start=1, slot=slot, sampling=kind, suppress=suppress)
+            for slot, kind in enumerate(kinds)
+        ]
+        wishes.take(chunks)
+        return wishes.plain(chunks)
+
+    steered = Sampling(**options)  # type: ignore[arg-type]
+    assert plain(WARM, None) and not plain(WARM, WARM, suppress=(5,))
+    assert not plain(WARM, steered) and not plain(steered, WARM)
+    assert plain(WARM, WARM) and not plain(WARM, WARM, steered)
+    assert plain(WARM, WARM), "a slot that has no part in the step does not count"
+    assert plain(WARM, WARM, None)
 
 
 @pytest.fixture(scope="module", params=["dense", "hybrid"])
