@@ -5,8 +5,8 @@
 Random weights, through the engine's loop in this process. Every decoding sequence has read 300
 tokens of its own, each drawn at random, so that they meet all experts; a prefill is one such prompt
 and its first token. `busy` is the time in which at least one kernel runs and `step` the time from
-one step's begin to the next one's, both from the profiler's clock; `host` is what the loop takes of
-a step when it does not wait for the device, without the profiler. The rows of kernels are
+the first kernel to the last over the steps, both by the profiler's clock; `host` is what the loop
+takes of a step when it does not wait for the device, without the profiler. The rows of kernels are
 microseconds a step, the longest first.
 """
 

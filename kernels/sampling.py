@@ -52,7 +52,7 @@ def _hash(x, word):
     return x ^ (x >> 16)
 
 
-@jit
+@jit(do_not_specialize=["term_stride"])
 def _best_kernel(
     logits_ptr,
     temperatures_ptr,

@@ -18,7 +18,7 @@ from model.batch import Batch
 from model.chunk import Capacity, Chunk, Copy, OutOfDeviceMemory, Sampled, Sampling
 from model.config import ConfigError, Fields
 from model.families import Family, added, build, logits_of
-from model.graphs import DecodeGraphs
+from model.graphs import DecodeGraphs, ladder
 from model.lightning import Memory
 from model.sampling import Seen, read, sample
 from model.sequences import Sequences
@@ -116,10 +116,11 @@ class ModelRunner:
         if len(asking) < len(chunks):
             places = [i for i, chunk in enumerate(chunks) if chunk.sampling is not None]
             rows = upload(places, self.store.device, np.int64)
-            ids, terms = ids[rows], terms[:, rows]
+            ids = ids[rows]
         if graphs.wishes.plain(chunks):
             return ids
-        drawn = sample(added(terms), asking, self.seen)
+        logits = added(terms)
+        drawn = sample(logits if len(asking) == len(chunks) else logits[rows], asking, self.seen)
         self._remember(asking, drawn)
         return drawn
 
@@ -352,7 +353,9 @@ def load_runner(
         with _phase(seconds, "graphs"):
             runner.graphs = DecodeGraphs(model, store, runner.sequences, min(slots, CAPTURED))
             runner.graphs.capture()
-            runner.warm_up(tokens)  # capturing has emptied the allocator's cache
+            # again: capturing has emptied the allocator's cache; what is served by graphs from here
+            # on was compiled without them by the first time
+            runner.warm_up(tokens)
     store.slots.poison()
     return runner
 
@@ -375,8 +378,10 @@ def divide(budget: int, slot_bytes: int, block_bytes: int, max_running: int) -> 
 
 
 def sampling_bytes(max_running: int, vocab_size: int) -> int:
-    """When every running sequence asks for a token at once: logits, and copies while sampling."""
-    return max_running * vocab_size * 4 * 8
+    """When every running sequence asks for a token at once: logits, and copies while sampling; and
+    the two terms of the logits that each graph keeps."""
+    captured = sum(ladder(min(max_running, CAPTURED)))
+    return (8 * max_running + 2 * captured) * vocab_size * 4
 
 
 def longest(asked: int | None, blocks: int, positions: int | None) -> int | None:

@@ -142,8 +142,8 @@ class Store:
     def reserve(self, size: int) -> None:
         """Pin so many bytes of host memory now, for slots that will be saved: else the system takes
         milliseconds for each of the first ones, and steps wait for that."""
-        if self._leaving is None or not self.slots.bytes:
-            return
+        if self._leaving is None or not self.slots.bytes or self.blocks.bytes:
+            return  # beside KV blocks a state has no one size that could be held ready
         rows: list[torch.Tensor] = []  # given back to the allocator, which keeps what is pinned
         for _ in range(size // (1 << (self.slots.bytes - 1).bit_length())):
             rows.append(self._on_host((self.slots.bytes,), torch.uint8))

@@ -70,7 +70,7 @@ def test_from_start_to_sigterm(launch: Launch, tmp_path: Path) -> None:
 
 
 def test_what_was_loaded_is_not_walked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full collection would hold up every stream, so the server's first act is the last one."""
+    """A full collection holds up every stream, so the server collects once, when it is ready."""
     done: list[str] = []
     for name in ("collect", "freeze"):
         monkeypatch.setattr(gc, name, partial(done.append, name))
