@@ -150,7 +150,9 @@ def common(one: bytes, other: bytes) -> int:
     size = min(len(one), len(other)) // 4
     if one[: 4 * size] == other[: 4 * size]:
         return size
-    low, high = 0, size  # the first `low` are equal, the first `high` are not
+    low, high = 0, 1  # the first `low` are equal, the first `high` are not
+    while one[: 4 * high] == other[: 4 * high]:
+        low, high = high, min(2 * high, size)
     while high - low > 1:
         middle = (low + high) // 2
         if one[4 * low : 4 * middle] == other[4 * low : 4 * middle]:
