@@ -223,11 +223,13 @@ class Tree(Generic[L]):
             block = self.blocks.get(chain.digest(chain.known))
             if block is not None and block.digest is chain.digest(chain.known):
                 walk.block, walk.count = block, chain.known + 1
+        last = walk.block
         for index in range(walk.count, len(chain.tokens) // BLOCK + 1):
             block = self.blocks.get(chain.digest(index))
             if block is None or (index and block.tokens != chain.chunk(index - 1)):
                 break
-            walk.block, walk.count = block, index + 1
+            last, walk.count = block, index + 1
+        walk.block = last
 
     def _forget(self, digest: bytes, tail: bytes = b"") -> None:
         """Remember that a block, or one and what follows it, was given up."""
