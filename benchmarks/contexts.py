@@ -33,6 +33,8 @@ from benchmarks.result import Row, write
 from benchmarks.served import checkpoint, served
 from model.config import Fields
 from model.plan import footprint
+from server.engine.archive import TEMPORARY
+from server.engine.loop import IDLE_SECONDS
 from server.settings import Settings
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -116,13 +118,14 @@ class Server:
 def rested(directory: Path) -> None:
     """Return once an idle server has written what it found worth a file, or after a while."""
     seen: set[str] = set()
-    end = time.monotonic() + 10
-    while time.monotonic() < end:
-        now = {path.name for path in (directory / "states").iterdir()}
-        if now == seen:
+    changed = begin = time.monotonic()
+    while (now := time.monotonic()) < begin + 20:
+        names = {path.name for path in (directory / "states").iterdir()}
+        if names != seen or any(name.startswith(TEMPORARY) for name in names):
+            seen, changed = names, now
+        elif now - changed > 2 * IDLE_SECONDS:  # it begins a file when it was idle for so long
             return
-        seen = now
-        time.sleep(0.25)
+        time.sleep(0.1)
 
 
 def tier(server: Server, name: str, id: str, tokens: int, before: Callable[[], None]) -> float:

@@ -112,6 +112,7 @@ class Store:
         self.slots = Rows(slot_fields, slots, device)
         self.blocks = Rows(block_fields, blocks, device)
         self._leaving = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._no_blocks = torch.empty(0, self.blocks.bytes, dtype=torch.uint8)
 
     def save(self, slot: int, blocks: tuple[int, ...], seen: torch.Tensor | None) -> Saved:
         """Copy a slot and blocks to host memory, bit for bit. It needs as much of the device for a
@@ -135,9 +136,10 @@ class Store:
     def host(self, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Host memory for the bytes of a slot and of so many blocks; pinned beside a GPU, as far
         as the system lets it."""
-        shapes = (self.slots.bytes,), (blocks, self.blocks.bytes)
-        slot, rows = (self._on_host(shape, torch.uint8) for shape in shapes)
-        return slot, rows
+        slot = self._on_host((self.slots.bytes,), torch.uint8)
+        if not blocks:
+            return slot, self._no_blocks
+        return slot, self._on_host((blocks, self.blocks.bytes), torch.uint8)
 
     def reserve(self, size: int) -> None:
         """Pin so many bytes of host memory now, for slots that will be saved: else the system takes

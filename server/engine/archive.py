@@ -93,10 +93,10 @@ def describe(capacity: Capacity, chain: Chain, position: int, *, salt: str) -> d
     }
 
 
-def narrow(tokens: array[int], vocab_size: int) -> Tensor:
-    """Token ids in the narrowest integer that holds them all."""
+def narrow(tokens: array[int], vocab_size: int, count: int | None = None) -> Tensor:
+    """The first `count` token ids in the narrowest integer that holds them all."""
     dtype = "U8" if vocab_size <= 1 << 8 else "U16" if vocab_size <= 1 << 16 else "I32"
-    ids = numpy.frombuffer(tokens, dtype="<i4").astype(WIDTHS[dtype])
+    ids = numpy.frombuffer(tokens, dtype="<i4")[:count].astype(WIDTHS[dtype])
     return Tensor(TOKENS, dtype, (len(ids),), ids.view(numpy.uint8).data)
 
 
@@ -106,7 +106,7 @@ def contents(
     """Metadata and tensors of a state's file. Of what a slot holds, zeros are only named."""
     metadata = describe(capacity, chain, position, salt=salt)
     fixed, zeros = {layout.name for layout in capacity.slot_layout}, []
-    tensors = [narrow(chain.tokens[:position], capacity.vocab_size)]
+    tensors = [narrow(chain.tokens, capacity.vocab_size, position)]
     for tensor in image.tensors:
         if tensor.name in fixed and not numpy.frombuffer(tensor.data, dtype=numpy.uint8).any():
             zeros.append(tensor.name)

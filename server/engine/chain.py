@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+
+from server.engine.positions import LEAST
 
 BLOCK = 256
 MILESTONES = 64  # between n and 2 n blocks; all of the first 2 MILESTONES are
+AHEAD = 64  # blocks whose digests are computed together: whoever asks for one goes on to the next
 STONE = 8  # bytes of a digest that a milestone shows
 
 
@@ -20,6 +25,7 @@ def salt_digest(salt: str) -> str:
     return hashlib.sha256(salt.encode()).hexdigest()
 
 
+@lru_cache(maxsize=256)
 def root_of(identity: str, salt: str) -> bytes:
     """What a sequence begins with: the model and how it computes (Capacity.identity), and the
     digest of a salt that keeps tenants apart."""
@@ -33,12 +39,35 @@ class Chain:
     def __init__(self, root: bytes, tokens: array[int], digests: list[bytes] | None = None) -> None:
         self.tokens = tokens
         self._digests = [root] if digests is None else list(digests)
+        self._keys: dict[int, str] = {}
+        self._head = b""
+
+    @property
+    def known(self) -> int:
+        """Of how many blocks the digests are known."""
+        return len(self._digests) - 1
+
+    @property
+    def head(self) -> bytes:
+        """The root and the first LEAST tokens, or as many as there are."""
+        if self._head:
+            return self._head
+        head = self._digests[0] + self.chunk(0, LEAST)
+        if len(self.tokens) >= LEAST:
+            self._head = head
+        return head
 
     def digest(self, index: int) -> bytes:
         """Of the first `index` whole blocks."""
-        while len(self._digests) <= index:
-            chunk = self.chunk(len(self._digests) - 1)
-            self._digests.append(hashlib.sha256(self._digests[-1] + chunk).digest())
+        if self.known < index:
+            last, size = self._digests[-1], 4 * BLOCK
+            end = max(index, min(index + AHEAD, len(self.tokens) // BLOCK))
+            with memoryview(self.tokens) as ids, ids.cast("B") as data:
+                for at in range(self.known * size, end * size, size):
+                    hashed = hashlib.sha256(last)
+                    hashed.update(data[at : at + size])
+                    last = hashed.digest()
+                    self._digests.append(last)
         return self._digests[index]
 
     def digests(self, index: int) -> list[bytes]:
@@ -56,9 +85,12 @@ class Chain:
 
     def key(self, position: int) -> str:
         """The name of the prefix of so many tokens, in hexadecimal."""
-        index, rest = divmod(position, BLOCK)
-        digest, tail = self.digest(index), self.chunk(index, rest)
-        return (tail_digest(digest, tail) if rest else digest).hex()
+        key = self._keys.get(position)
+        if key is None:
+            index, rest = divmod(position, BLOCK)
+            digest, tail = self.digest(index), self.chunk(index, rest)
+            key = self._keys[position] = (tail_digest(digest, tail) if rest else digest).hex()
+        return key
 
 
 def milestone(blocks: int) -> tuple[int, int]:
@@ -106,12 +138,23 @@ def tail_digest(digest: bytes, tail: bytes) -> bytes:
     return hashlib.sha256(b"tail" + digest + tail).digest()
 
 
+def tail_digests(digest: bytes, tail: bytes, sizes: Iterable[int]) -> Iterator[bytes]:
+    """Of a whole block and the beginnings of a tail that have so many bytes."""
+    hashed, at = hashlib.sha256(b"tail" + digest), 0
+    for size in sorted(size for size in sizes if size <= len(tail)):
+        hashed.update(tail[at:size])
+        at = size
+        yield hashed.copy().digest()
+
+
 def common(one: bytes, other: bytes) -> int:
     """How many int32 tokens two byte strings begin with in common."""
     size = min(len(one), len(other)) // 4
     if one[: 4 * size] == other[: 4 * size]:
         return size
-    low, high = 0, size  # the first `low` are equal, the first `high` are not
+    low, high = 0, 1  # the first `low` are equal, the first `high` are not
+    while one[: 4 * high] == other[: 4 * high]:
+        low, high = high, min(2 * high, size)
     while high - low > 1:
         middle = (low + high) // 2
         if one[4 * low : 4 * middle] == other[4 * low : 4 * middle]:

@@ -19,7 +19,7 @@ from server.engine.request import Request
 from server.engine.shelf import Shelf
 from server.engine.slots import Holdings
 from server.engine.tiers import Checkpoint, Tiers
-from server.engine.tree import Tree, Walk
+from server.engine.tree import Tree, Walk, Way
 from server.protocol import CacheStats
 
 
@@ -57,7 +57,7 @@ class Checkpoints:
         self.jobs = Jobs()
         if directory is not None:
             shelf = Shelf(directory, capacity, self.jobs, budget=disk_bytes)
-            self.disk = Disk(shelf, self.tiers, self.chain, self.receive)
+            self.disk = Disk(shelf, self.tiers, self.way, self.receive)
         self.tree: Tree[Checkpoint] = Tree()
         self._by_key: dict[str, Checkpoint] = {}
         self._fetched: list[Checkpoint] = []  # from the disk, pinned until those who wait have had
@@ -79,8 +79,12 @@ class Checkpoints:
 
     def chain(self, checkpoint: Checkpoint) -> Chain:
         """The tokens that lead to a checkpoint."""
+        return self.way(checkpoint).chain()
+
+    def way(self, checkpoint: Checkpoint) -> Way[Checkpoint]:
+        """The blocks and tokens that lead to a checkpoint."""
         assert checkpoint.block is not None
-        return self.tree.chain(checkpoint.block, checkpoint)
+        return self.tree.way(checkpoint.block, checkpoint)
 
     def find(self, request: Request) -> Checkpoint | None:
         """The farthest checkpoint in memory that a request can begin with, as far as its prompt is
@@ -132,8 +136,9 @@ class Checkpoints:
     def admit(self, request: Request, found: Checkpoint | None) -> None:
         """Begin with a checkpoint, or with nothing, and decide what to keep on the way."""
         chain = chain_of(request)
-        parting = min(self.tree.parting(chain, request.walk), request.prompt_length - 1)
-        self.count(request, found)
+        parting = self.tree.parting(chain, request.walk)
+        self.count(request, found, parting)
+        parting = min(parting, request.prompt_length - 1)
         request.walk = Walk()
         if found is not None:
             self.tiers.give(found, request)
@@ -148,8 +153,8 @@ class Checkpoints:
             wanted.append(parting)
         request.wanted = sorted(wanted)
 
-    def count(self, request: Request, found: Checkpoint | None) -> None:
-        """A request has been looked up for good."""
+    def count(self, request: Request, found: Checkpoint | None, parting: int = 0) -> None:
+        """A request has been looked up for good; `parting` is how much of it was known."""
         self.queries += 1
         self.queried_tokens += request.prompt_length
         if found is not None:
@@ -157,8 +162,7 @@ class Checkpoints:
             found.fresh = False
             self.saved_tokens += found.position
         else:
-            parting = self.tree.parting(chain_of(request), request.walk)
-            request.missed = (parting, max(0, len(request.walk.path) - 1))
+            request.missed = (parting, max(0, request.walk.count - 1))
             self._explain(request)
 
     def leave(self, request: Request) -> None:

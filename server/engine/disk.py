@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from model.chunk import Copy, Image, Place
 from server.engine.archive import State
-from server.engine.chain import Chain
 from server.engine.shelf import Shelf
 from server.engine.tiers import Checkpoint, Tiers
+from server.engine.tree import Way
 from server.protocol import Trouble
 
 WORTH = 256  # tokens that a state must save to be kept for another life
@@ -29,7 +29,7 @@ Then = Callable[[Trouble | None], None]  # is told why not
 class Saving:
     """An image that will be filled by the copies before the next step."""
 
-    chain: Chain
+    way: Way[Checkpoint]
     position: int
     salt: str
     image: Image
@@ -46,12 +46,12 @@ class Disk:
     """Moves states between the tiers and a shelf."""
 
     def __init__(
-        self, shelf: Shelf, tiers: Tiers, chain: Callable[[Checkpoint], Chain],
+        self, shelf: Shelf, tiers: Tiers, way: Callable[[Checkpoint], Way[Checkpoint]],
         receive: Callable[[State], None],
     ) -> None:  # fmt: skip
         self.shelf = shelf
         self.tiers = tiers
-        self._chain = chain
+        self._way = way
         self._receive = receive
         self._savings: dict[str, Saving] = {}  # whose images wait to be filled
         self._writing: dict[str, Saving] = {}
@@ -114,7 +114,7 @@ class Disk:
         place = Place(image=image, position=checkpoint.position)
         self.tiers.copies.append(Copy(self.tiers.saved(checkpoint), place))
         self._savings[checkpoint.key] = Saving(
-            self._chain(checkpoint), checkpoint.position, checkpoint.salt, image, [then]
+            self._way(checkpoint), checkpoint.position, checkpoint.salt, image, [then]
         )
 
     def copied(self) -> None:
@@ -141,7 +141,7 @@ class Disk:
             saving.tell(trouble)
             self._write_filled()  # the same state made anew, if it has waited
 
-        self.shelf.save(saving.chain, saving.position, saving.image, saving.salt, then)
+        self.shelf.save(saving.way.chain, saving.position, saving.image, saving.salt, then)
 
     def load(self, key: str, then: Then) -> None:
         """Bring a state to the host; once for all who ask meanwhile."""

@@ -76,6 +76,8 @@ class Patience:
         beginning of both, and the other is being read: where they part is not known yet."""
         chain, best = chain_of(request), 0 if found is None else found.position
         for reader in readers:
+            if not (request.more or reader.more):
+                continue
             if reader.chain is None or len(reader.tokens) - best < LEAST:
                 continue
             reads = request.more and reader.computed < reader.most_cached
@@ -122,12 +124,15 @@ class Patience:
         for, and marked to be kept."""
         begin = best = 0 if found is None else found.position
         choice: tuple[Request, int] | None = None
-        most = request.most_cached
+        chain, most = chain_of(request), request.most_cached
+        head = chain.head
         for reader in readers:
+            if reader.chain is None or reader.chain.head != head:
+                continue  # they part before LEAST
             last = reader.most_cached
-            if reader.chain is None or last - best < LEAST or reader.computed >= last:
+            if last - best < LEAST or reader.computed >= last:
                 continue
-            at = min(shared(chain_of(request), reader.chain), most, last)
+            at = min(shared(chain, reader.chain), most, last)
             if at - best >= LEAST and reader.computed < at:
                 best, choice = at, (reader, at)
         if choice is not None:

@@ -70,7 +70,7 @@ class Shelf(Catalogue):
 
     def save(
         self,
-        chain: Chain,
+        chain: Callable[[], Chain],
         position: int,
         image: Image,
         salt: str,
@@ -85,11 +85,11 @@ class Shelf(Catalogue):
                 self.save_seconds.append(time.monotonic() - begin)
                 trouble = None
             except OSError as error:
-                log.error("state %s was not saved: %s", chain.key(position), error)
+                log.error("state %s was not saved: %s", chain().key(position), error)
                 trouble = Trouble(507, f"a state could not be written: {error.strerror or error}")
             then(trouble)
 
-        self.jobs.start(lambda: self._write(chain, position, image, salt), end)
+        self.jobs.start(lambda: self._write(chain(), position, image, salt), end)
 
     def load(self, key: str, then: Callable[[State | Trouble], None]) -> None:
         """Read and check a state in a thread; what is not good is put away."""

@@ -82,6 +82,7 @@ class Holdings:
         self.state_bytes = capacity.state_bytes
         self.block_bytes = capacity.block_bytes
         self.pinned = capacity.pinned
+        self._state_on_host = self._rounded(capacity.state_bytes)
 
     @property
     def most_positions(self) -> int | None:
@@ -94,8 +95,8 @@ class Holdings:
 
     def bytes_for(self, positions: int) -> int:
         """What the state of so many positions takes on the host."""
-        sizes = self.state_bytes, self.blocks_for(positions) * self.block_bytes
-        return sum(1 << (size - 1).bit_length() if self.pinned and size else size for size in sizes)
+        blocks = self._rounded(self.blocks_for(positions) * self.block_bytes)
+        return self._state_on_host + blocks
 
     def lacking(self, request: Request) -> int:
         """Blocks that a request still lacks for its known and expected tokens and the next one."""
@@ -143,6 +144,10 @@ class Holdings:
         if not request.computed:
             return []
         return [Copy(saved(request), self.here(request)), Copy(saved(request), None)]
+
+    def _rounded(self, size: int) -> int:
+        """As the system gives out pinned memory."""
+        return 1 << (size - 1).bit_length() if self.pinned and size else size
 
     def check(self) -> None:
         """Assert that nothing is lost and nothing is owned twice."""

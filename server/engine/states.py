@@ -20,6 +20,7 @@ from server.engine.checkpoints import Checkpoints
 from server.engine.disk import Then
 from server.engine.request import Request
 from server.engine.tiers import Checkpoint
+from server.engine.tree import Way
 from server.protocol import Export, Fetch, Generate, Import, Output, Pin, Read, Reply, Trouble
 
 CHAINS = 4  # sequences of bases that are kept in one piece
@@ -35,7 +36,7 @@ class States:
         self._arriving: dict[str, Generate | Read] = {}  # whose base is on its way from the disk
         self._securing: dict[str, Request] = {}  # reads whose state is not safe yet
         self._chains: dict[str, Chain] = {}  # of bases that were used last
-        self._exports: list[tuple[Export, Checkpoint, Chain, Image]] = []
+        self._exports: list[tuple[Export, Checkpoint, Way[Checkpoint], Image]] = []
 
     def __contains__(self, id: str) -> bool:
         return id in self._arriving or id in self._securing
@@ -62,7 +63,10 @@ class States:
         if checkpoint is None:
             return None
         self.checkpoints.tiers.touch(checkpoint)
-        chain = self._chains.pop(key, None) or self.checkpoints.chain(checkpoint)
+        chain = self._chains.pop(key, None)
+        assert checkpoint.block is not None
+        if chain is None or chain.digest(chain.known) is not checkpoint.block.digest:
+            chain = self.checkpoints.chain(checkpoint)  # one that is followed at once
         self._chains[key] = chain
         while len(self._chains) > CHAINS:
             del self._chains[next(iter(self._chains))]
@@ -152,15 +156,17 @@ class States:
         tiers.hold(checkpoint, force=True)
         place = Place(image=image, position=checkpoint.position)
         tiers.copies.append(Copy(tiers.saved(checkpoint), place))
-        chain = self.checkpoints.chain(checkpoint)  # it may be given up before the copies are made
-        self._exports.append((message, checkpoint, chain, image))
+        way = self.checkpoints.way(checkpoint)  # it may be given up before the copies are made
+        self._exports.append((message, checkpoint, way, image))
         self._trim()
 
-    def _write(self, message: Export, checkpoint: Checkpoint, chain: Chain, image: Image) -> None:
+    def _write(
+        self, message: Export, checkpoint: Checkpoint, way: Way[Checkpoint], image: Image
+    ) -> None:
         capacity, position, salt = self.checkpoints.capacity, checkpoint.position, checkpoint.salt
 
         def work() -> None:
-            contents = archive.contents(capacity, chain, position, image, salt=salt)
+            contents = archive.contents(capacity, way.chain(), position, image, salt=salt)
             archive.write(Path(message.path), *contents)
 
         def end(future: Future[None]) -> None:

@@ -209,6 +209,8 @@ class Tiers:
         assert self.host_bytes - pinned <= self.host_budget
 
     def _share_blocks(self, checkpoint: Checkpoint, request: Request) -> None:
+        if not self.holdings.block_size:
+            return
         blocks = request.blocks[: self.holdings.blocks_for(checkpoint.position)]
         self.holdings.blocks.share(checkpoint.name, blocks)
         checkpoint.blocks = list(blocks)
@@ -230,8 +232,10 @@ class Tiers:
     def _host_room(self, size: int) -> bool:
         """Give up the least recently used until so many bytes fit; False, and nothing given up,
         when they cannot."""
-        leaving: list[Checkpoint] = []
         free = self.host_budget - self.host_bytes
+        if free >= size:
+            return True
+        leaving: list[Checkpoint] = []
         candidates = self._loose()
         while free < size:
             checkpoint = next(candidates, None)
@@ -256,12 +260,14 @@ class Tiers:
     def _leave_device(self, checkpoint: Checkpoint) -> None:
         assert checkpoint.slot is not None
         self.holdings.slots.give_back(checkpoint.name, [checkpoint.slot])
-        self.holdings.blocks.give_back(checkpoint.name, checkpoint.blocks)
-        self._blocks.subtract(checkpoint.blocks)
-        for block in checkpoint.blocks:
-            if not self._blocks[block]:
-                del self._blocks[block]
-        checkpoint.slot, checkpoint.blocks = None, []
+        checkpoint.slot = None
+        if checkpoint.blocks:
+            self.holdings.blocks.give_back(checkpoint.name, checkpoint.blocks)
+            self._blocks.subtract(checkpoint.blocks)
+            for block in checkpoint.blocks:
+                if not self._blocks[block]:
+                    del self._blocks[block]
+            checkpoint.blocks = []
         del self.device[checkpoint]
 
     def _leave_host(self, checkpoint: Checkpoint) -> None:

@@ -69,7 +69,7 @@ def shelf(directory: Path, budget: int = 1 << 30) -> Shelf:
 
 def save(kept: Shelf, length: int = 40, seed: int = 0) -> Trouble | None:
     told: list[Trouble | None] = []
-    kept.save(chain(length, seed), length, image(seed), SALT, told.append)
+    kept.save(lambda: chain(length, seed), length, image(seed), SALT, told.append)
     kept.jobs.wait()
     return told[0]
 
@@ -111,7 +111,7 @@ def test_zeros_of_another_server_are_left_alone(tmp_path: Path) -> None:
     state, keys = image().tensors
     empty = Image([state, replace(keys, data=memoryview(bytes(keys.data.nbytes)))])
     kept, told = shelf(tmp_path), []
-    kept.save(chain(40), 40, empty, SALT, told.append)
+    kept.save(lambda: chain(40), 40, empty, SALT, told.append)
     kept.jobs.wait()
     assert told == [None] and "keys.1" in archive.read_header(kept.path(*kept.entries)).zeros
     other = replace(CAPACITY, slot_layout=CAPACITY.slot_layout[:1])
@@ -394,7 +394,7 @@ def test_the_budget_holds_whatever_is_written_at_once(tmp_path: Path) -> None:
     kept = shelf(tmp_path, budget=5 * size)
     sizes, told = [], []
     for seed in range(60):
-        kept.save(chain(40, seed), 40, image(seed), SALT, told.append)
+        kept.save(lambda seed=seed: chain(40, seed), 40, image(seed), SALT, told.append)
         kept.jobs.done()
         sizes.append(kept.bytes)
     kept.jobs.wait()

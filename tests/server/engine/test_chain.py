@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from dataclasses import dataclass
 from random import Random
 
 import pytest
 
-from server.engine.chain import BLOCK, Chain, common, root_of, shared
+from server.engine.chain import BLOCK, Chain, common, root_of, shared, tail_digest
 from server.engine.tree import Block, Tree, Walk
 
 ROOT = root_of("model", "")
@@ -94,3 +95,97 @@ def test_a_digest_alone_is_not_believed():
     block = tree.blocks[digest]
     tree.blocks[digest] = Block(digest, bytes(4 * BLOCK), block.parent, block.after)
     assert tree.find(chain(tokens), Walk(), 600) is None
+    known = chain(tokens)
+    assert known.digest(2) in tree.blocks  # which are computed, not the tree's own
+    assert tree.find(known, Walk(), 600) is None
+
+
+def test_what_was_given_up_is_told_from_what_never_was(monkeypatch):
+    monkeypatch.setattr("server.engine.tree.GHOSTS", 40)
+    rng, tree, leaves = Random(5), Tree[Leaf](), {}
+    trunk = numbers(700)
+
+    def gone(known: Chain, index: int, most: int) -> bool:
+        """As tree.gone(), by the digests of all prefixes."""
+        rest, digest = known.within(index, most), known.digest(index)
+        whole = len(rest) == 4 * BLOCK and known.digest(index + 1) in tree._ghosts
+        return whole or any(
+            tail_digest(digest, rest[:n]) in tree._ghosts for n in range(4, len(rest) + 1, 4)
+        )
+
+    found = Counter()
+    for turn in range(400):
+        tokens = trunk[: rng.randrange(0, 700, 20)] + numbers(
+            rng.randrange(1, 5), seed=rng.randrange(4)
+        )
+        known = chain(tokens)
+        key = known.key(len(tokens))
+        if turn % 3 == 0 and leaves:
+            tree.remove(*leaves.pop(rng.choice(list(leaves))))
+        elif turn % 7 == 0:
+            tree.miss(known, len(tokens))
+        elif key not in leaves:
+            leaf = Leaf(len(tokens))
+            leaves[key] = tree.add(known, leaf), leaf
+        asked = chain(trunk[: rng.randrange(0, 700, 20)] + numbers(3, seed=rng.randrange(4)))
+        for index in range(len(asked.tokens) // BLOCK + 1):
+            most = rng.randrange(index * BLOCK, len(asked.tokens) + 1)
+            expected = gone(asked, index, most)
+            assert tree.gone(asked, index, most) == expected
+            found[expected] += 1
+    assert len(tree._ghosts) == 40 and min(found.values()) > 50
+    ends = Counter(end for end in tree._ghosts.values() if end is not None)
+    assert ends == Counter(
+        {(name, size): n for name, sizes in tree._ends.items() for size, n in sizes.items()}
+    )
+
+
+def test_what_the_tree_gives_out_is_followed_at_once(monkeypatch):
+    tree, tokens = Tree[Leaf](), numbers(20 * BLOCK + 9)
+    leaf = Leaf(len(tokens))
+    block = tree.add(chain(tokens), leaf)
+    base = tree.way(block, leaf).chain()
+    assert base.tokens.tolist() == tokens and base.known == 20
+    longer = Chain(base.digest(0), base.tokens + array("i", [1, 2]), base.digests(20))
+    shorter = Chain(base.digest(0), base.tokens[: 9 * BLOCK] + array("i", [1]), base.digests(9))
+    chunks = []
+    chunk = Chain.chunk
+    monkeypatch.setattr(Chain, "chunk", lambda *at: chunks.append(at) or chunk(*at))
+    for known, count, found in ((longer, 21, leaf), (shorter, 10, None)):
+        walk = Walk[Leaf]()
+        assert tree.find(known, walk, len(known.tokens)) is found
+        assert walk.count == count and walk.block is tree.blocks[known.digest(count - 1)]
+    assert len(chunks) < 5  # no block's tokens were looked at
+    again = Tree[Leaf]()  # of blocks that came anew, by digests of their own
+    again.add(chain(tokens), leaf)
+    assert again.find(longer, Walk(), len(longer.tokens)) is leaf
+    assert len(chunks) > 20
+    again.remove(again.blocks[base.digest(20)], leaf)
+    assert again.find(longer, Walk(), len(longer.tokens)) is None
+
+
+def test_a_way_stands_when_what_it_led_to_is_gone():
+    tree, tokens = Tree[Leaf](), numbers(600)
+    leaf, other = Leaf(600), Leaf(300)
+    block = tree.add(chain(tokens), leaf)
+    tree.add(chain(tokens), other)
+    walk, asked = Walk[Leaf](), chain([*tokens, 7])
+    assert tree.find(asked, walk, 601) is leaf and walk.count == 3
+    way = tree.way(block, leaf)
+    tree.remove(block, leaf)
+    assert way.chain().tokens.tolist() == tokens
+    assert tree.find(asked, walk, 601) is other and walk.count == 2
+    tree.add(chain(tokens), leaf)
+    assert tree.find(asked, walk, 601) is leaf and walk.count == 3
+
+
+def test_a_key_and_a_head_are_those_of_the_tokens_however_they_grow():
+    tokens = array("i", numbers(20))
+    growing = Chain(ROOT, tokens)
+    assert growing.head == ROOT + tokens.tobytes()
+    for more in (numbers(20, seed=1), numbers(600, seed=2)):
+        tokens.extend(more)
+        whole = chain(tokens.tolist())
+        for _ in range(2):
+            assert growing.key(len(tokens)) == whole.key(len(tokens))
+        assert growing.head == whole.head == ROOT + tokens[:32].tobytes()

@@ -135,6 +135,23 @@ def test_states_outlive_the_process(tmp_path: Path):
     assert +third.scheduler.checkpoints.found == {"disk": 1, "device": 1}
 
 
+def test_a_base_that_went_to_the_disk_and_came_again_is_followed_at_once(tmp_path: Path):
+    bench, document = caching(directory=tmp_path, slots=1, host_bytes=2 * SIZE), words(300, 1)
+    key = state(read(bench, "r", document)).key
+    states, checkpoints = bench.scheduler.states, bench.scheduler.checkpoints
+    seen = []
+    for turn in range(2):
+        assert goes_on(bench, f"a{turn}", key, document, words(20, turn)) == 20
+        block = checkpoints.get(key).block
+        base, _ = states.base(key)
+        assert base.digest(base.known) is block.digest and base.tokens.tolist() == document
+        seen.append(base)
+        for n in range(4):
+            ask(bench, generate(f"{turn}-{n}", words(300, 10 + 4 * turn + n), 1))
+        assert checkpoints.get(key) is None
+    assert seen[0] is not seen[1]
+
+
 def test_a_damaged_file_is_computed_anew(tmp_path: Path):
     document = words(300, 1)
     first = caching(directory=tmp_path)
