@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from model.batch import Batch
 from model.chunk import Chunk, Sampling
-from model.families import logits_of
+from model.families import added, forward
 from model.families.bailing import LAYER_FACTORS
 from model.runner import ModelRunner, load_runner
 
@@ -35,7 +35,7 @@ def mean_logprob(runner: ModelRunner, ids: list[int], last: int) -> float:
         )
         runner.sequences.keep([chunk])
         batch = Batch.pack([chunk], runner.sequences)
-        logits = logits_of(runner.model, batch, runner.store)
+        logits = added(forward(runner.model, batch, runner.store))
         if stop >= read:
             total += float(logits[0].log_softmax(-1)[ids[stop]])
         start = stop

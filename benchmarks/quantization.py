@@ -23,7 +23,7 @@ from benchmarks.engine import PROMPT, Mailbox, Work, run
 from benchmarks.result import Row, write
 from model.batch import Batch
 from model.chunk import Chunk, Sampling
-from model.families import added
+from model.families import added, forward
 from model.runner import ModelRunner, load_runner
 from model.weights import QUANTIZATIONS
 from server.engine.loop import Loop
@@ -68,7 +68,7 @@ def logits_of(runner: ModelRunner, positions: int) -> torch.Tensor:
         ]
         runner.sequences.keep(chunks)
         batch = Batch.pack(chunks, runner.sequences)
-        logits = added(runner.model.forward(batch, runner.store))
+        logits = added(forward(runner.model, batch, runner.store))
         parts.append(logits[:, : runner.model.drawable].cpu())
     return torch.cat(parts)
 

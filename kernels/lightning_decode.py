@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from kernels.language import early, expm1, jit, next_power_of_2, start_early, tl
+from kernels.packing import output
 from kernels.tuning import DecodeTuning, decode_tuning
 
 
@@ -149,11 +150,13 @@ def lightning_decode(
     states: torch.Tensor,
     slots: torch.Tensor,
     starts: torch.Tensor,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q, k [N, H, dk], v [N, H, dv], slopes [H] float32 -> o [N, H, dv] in v's dtype.
 
     states [S, H, dk, dv] float32 or bfloat16, updated in place at slots [N] int32. Where starts [N]
     int64 is 0 the old state counts as zero; a row with slot -1 is padding and comes out as zero.
+    out: contiguous memory for o.
     """
     N, H, dk = q.shape
     dv = v.shape[-1]
@@ -163,6 +166,6 @@ def lightning_decode(
     assert states.shape[1:] == (H, dk, dv) and states[0].is_contiguous()
     assert slots.shape == starts.shape == (N,)
     assert slots.dtype == torch.int32 and starts.dtype == torch.int64
-    o = torch.empty(N, H, dv, dtype=v.dtype, device=v.device)
+    o = output((N, H, dv), v, out)
     (_triton if q.is_cuda else _torch)(q, k, v, slopes, scale, states, slots, starts, o)
     return o

@@ -24,7 +24,7 @@ import torch
 
 from kernels import lightning_prefill_hopper as hopper
 from kernels.language import dot_precision, expm1, felt, jit, next_power_of_2, tl
-from kernels.packing import Packing
+from kernels.packing import Packing, output
 from kernels.segments import Work, plan
 from kernels.tuning import PrefillTuning, prefill_tuning, processors
 
@@ -437,11 +437,13 @@ def lightning_prefill(
     scale: float,
     states: torch.Tensor,
     packing: Packing,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q, k [T, H, dk], v [T, H, dv], slopes [H] float32 -> o [T, H, dv] in v's dtype.
 
     states [S, H, dk, dv] float32 or bfloat16, updated in place at packing.slots. q, k, v and the
     states may be views: only the last dimension of q, k, v and a whole state need be contiguous.
+    out: contiguous memory for o.
     """
     T, H, dk = q.shape
     dv = v.shape[-1]
@@ -451,6 +453,6 @@ def lightning_prefill(
     assert states.shape[1:] == (H, dk, dv) and states[0].is_contiguous()
     assert sum(packing.lengths) == T and packing.slots.dtype == torch.int32
     assert packing.starts.dtype == torch.int64 and packing.cu_seqlens.dtype == torch.int32
-    o = torch.empty(T, H, dv, dtype=v.dtype, device=v.device)
+    o = output((T, H, dv), v, out)
     (_triton if q.is_cuda else _torch)(q, k, v, slopes, scale, states, packing, o)
     return o

@@ -22,6 +22,7 @@ from __future__ import annotations
 import torch
 
 from kernels.language import early, expm1, jit, next_power_of_2, start_early, tl
+from kernels.packing import output
 from kernels.tuning import RingTuning, ring_tuning
 
 
@@ -478,6 +479,7 @@ def lightning_ring_decode(
     slots: torch.Tensor,
     starts: torch.Tensor,
     drafts: int = 0,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q, k [N, H, dk], v [N, H, dv], slopes [H] float32 -> o [N, H, dv] in v's dtype.
 
@@ -486,7 +488,7 @@ def lightning_ring_decode(
     the positions of these tokens: each one more than in the call before, or up to `drafts` less
     than that, which forgets the tokens from there on. Where it is 0 the sequence begins, whatever
     the slot holds; a row with slot -1 is padding and comes out as zero. `drafts` < R is the same in
-    every call between two folds.
+    every call between two folds. out: contiguous memory for o.
     """
     N, H, dk = q.shape
     dv = v.shape[-1]
@@ -496,7 +498,7 @@ def lightning_ring_decode(
     assert states.shape[1:] == (H, dk, dv) and slots.shape == (N,)
     assert 0 <= drafts < ring_k.shape[2]
     _check(slopes, states, ring_k, ring_v, folded, slots, starts)
-    o = torch.empty(N, H, dv, dtype=v.dtype, device=v.device)
+    o = output((N, H, dv), v, out)
     (_triton if q.is_cuda else _torch)(
         q, k, v, slopes, scale, states, ring_k, ring_v, folded, slots, starts, drafts, o
     )

@@ -29,3 +29,11 @@ class Packing:
         for index, length in enumerate(self.lengths):
             if length < 1:
                 raise ValueError(f"sequence {index} of the batch has length {length}, not >= 1")
+
+
+def output(shape: tuple[int, ...], like: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """`out`, which must have the shape and be contiguous, or new memory: of like's dtype."""
+    if out is None:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    assert out.shape == shape and out.dtype == like.dtype and out.is_contiguous()
+    return out

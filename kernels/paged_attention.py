@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.packing import Packing
+from kernels.packing import Packing, output
 from kernels.paged_decode import decode
 from kernels.paged_prefill import prefill
 
@@ -108,12 +108,13 @@ def paged_attention(
     tables: torch.Tensor,
     packing: Packing,
     scale: float,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q [T, H, d], k, v [T, Hkv, d] -> o [T, H, d]; pages [blocks, block_size, Hkv, d], in place.
 
     tables [slots, most blocks] int32: each slot's blocks in order, past its last one anything.
     A leading chunk of one row whose slot is -1 is padding: it comes out as zero, and its table is
-    not read. Chunks of several rows need packing.past.
+    not read. Chunks of several rows need packing.past. out: contiguous memory for o.
     """
     T, H, d = q.shape
     Hkv = k.shape[1]
@@ -126,6 +127,6 @@ def paged_attention(
     assert sum(packing.lengths) == T
     assert scale > 0 and (max(packing.lengths) == 1 or packing.past is not None)
     assert packing.starts.dtype == torch.int64 and packing.cu_seqlens.dtype == torch.int32
-    o = torch.empty(T, H, d, dtype=q.dtype, device=q.device)
+    o = output((T, H, d), q, out)
     (_triton if q.is_cuda else _torch)(q, k, v, pages_k, pages_v, tables, packing, scale, o)
     return o

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.language import early, jit, start_early, tl
-from kernels.packing import Packing
+from kernels.packing import Packing, output
 from kernels.softmax import softmax_step, tiles
 
 SPAN = 2048  # rows that the torch path works on at a time
@@ -355,11 +355,12 @@ def window_attention(
     packing: Packing,
     window: int,
     scale: float,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q [T, H, d], k, v [T, Hkv, d] -> o [T, H, d]; rings [S, W, Hkv, d], updated in place.
 
     Ring entries of positions before 0 are never read. A row of a chunk of one whose slot is -1 is
-    padding and comes out as zero.
+    padding and comes out as zero. out: contiguous memory for o.
     """
     T, H, d = q.shape
     Hkv = k.shape[1]
@@ -369,6 +370,6 @@ def window_attention(
     assert ring_k[0].is_contiguous() and ring_v[0].is_contiguous() and ring_v.dtype == v.dtype
     assert sum(packing.lengths) == T and packing.slots.dtype == torch.int32
     assert packing.starts.dtype == torch.int64 and packing.cu_seqlens.dtype == torch.int32
-    o = torch.empty(T, H, d, dtype=q.dtype, device=q.device)
+    o = output((T, H, d), q, out)
     (_triton if q.is_cuda else _torch)(q, k, v, ring_k, ring_v, packing, window, scale, o)
     return o

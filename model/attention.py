@@ -34,11 +34,19 @@ class Softmax:
         self.window = window
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, store: Store
-    ) -> torch.Tensor:
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        o: torch.Tensor,
+        batch: Batch,
+        store: Store,
+    ) -> None:
         """q [T, H, d], k, v [T, Hkv, d], rotated -> o [T, H, d]."""
         rows = store.blocks if self.window is None else store.slots
         keys, values = rows.views[f"keys.{self.index}"], rows.views[f"values.{self.index}"]
+        where, packing = (q, k, v, keys, values), batch.packing
         if self.window is not None:
-            return window_attention(q, k, v, keys, values, batch.packing, self.window, self.scale)
-        return paged_attention(q, k, v, keys, values, batch.tables, batch.packing, self.scale)
+            window_attention(*where, packing, self.window, self.scale, out=o)
+        else:
+            paged_attention(*where, batch.tables, packing, self.scale, out=o)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,6 +13,24 @@ import torch
 from kernels.packing import Packing
 from model.chunk import PENDING, Chunk
 from model.sequences import Sequences
+from model.store import Store
+
+
+class Attention(Protocol):
+    """An operation between the rows of a sequence, over its memory in a store."""
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        o: torch.Tensor,
+        batch: Batch,
+        store: Store,
+    ) -> None: ...
+
+
+Recorder = Callable[[Attention, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -21,6 +41,7 @@ class Batch:
     counted from the first of them, and ends [N - singles] int64, the positions at which they end;
     tables [slots, most blocks] int32, every slot's blocks;
     sample_rows [R] int64: rows whose logits are asked for, in the order of the batch; None: all.
+    recorder: takes note of what attends, and what it attends to, where a step is recorded.
     """
 
     ids: torch.Tensor
@@ -31,6 +52,19 @@ class Batch:
     ends: torch.Tensor | None
     tables: torch.Tensor
     sample_rows: torch.Tensor | None
+    recorder: Recorder | None = None
+
+    def attend(
+        self, attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, store: Store
+    ) -> torch.Tensor:
+        """q [T, H, dk], k [T, ., dk], v [T, ., dv] -> o [T, H, dv] by the rows' sequences: all else
+        that a model does is row by row."""
+        o = torch.empty(*q.shape[:2], v.shape[-1], dtype=v.dtype, device=v.device)
+        if self.recorder is not None:
+            self.recorder(attention, q, k, v, o)
+        else:
+            attention(q, k, v, o, self, store)
+        return o
 
     def sampled(self, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Of each [T, ...] the rows whose logits are asked for."""

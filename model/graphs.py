@@ -17,7 +17,7 @@ from kernels.packing import Packing
 from kernels.sampling import draw
 from model.batch import Batch
 from model.chunk import Chunk
-from model.families import Family, terms_of
+from model.families import Family, drawable, forward
 from model.sampling import Wishes
 from model.sequences import Sequences
 from model.store import Store
@@ -139,7 +139,7 @@ class DecodeGraphs:
             tables=self._sequences.tables,
             sample_rows=None,
         )
-        terms = terms_of(self._model, batch, self._store)
+        terms = drawable(self._model, forward(self._model, batch, self._store))
         ids = draw(terms, i.temperatures[:size], i.keys[:size])
         self._sequences.drawn(rows, ids)
         return ids, terms

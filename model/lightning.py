@@ -61,25 +61,26 @@ class Lightning:
         self.scale = scale
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, store: Store
-    ) -> torch.Tensor:
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        o: torch.Tensor,
+        batch: Batch,
+        store: Store,
+    ) -> None:
         """q, k [T, H, dk], v [T, H, dv] -> o [T, H, dv].
 
         Sequences of one row take the decode kernel, longer ones the chunked kernel.
         """
         n = batch.singles
         if batch.tail is None:
-            return self._decode(q, k, v, batch.packing, store)
-        if n == 0:
-            return self._prefill(q, k, v, batch, store)
-        head = Packing(
-            batch.packing.lengths[:n],
-            batch.packing.cu_seqlens[: n + 1],
-            batch.packing.slots[:n],
-            batch.packing.starts[:n],
-        )
-        decoded = self._decode(q[:n], k[:n], v[:n], head, store)
-        return torch.cat((decoded, self._prefill(q[n:], k[n:], v[n:], batch, store)))
+            self._decode(q, k, v, o, batch.packing, store)
+        elif n == 0:
+            self._prefill(q, k, v, o, batch, store)
+        else:
+            self._decode(q[:n], k[:n], v[:n], o[:n], batch.packing, store)
+            self._prefill(q[n:], k[n:], v[n:], o[n:], batch, store)
 
     def _rings(self, store: Store) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Keys, values and how far each state is folded; None without rings."""
@@ -89,21 +90,34 @@ class Lightning:
         return views[f"ring_keys.{i}"], views[f"ring_values.{i}"], views[f"folded.{i}"]
 
     def _decode(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Packing, store: Store
-    ) -> torch.Tensor:
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        o: torch.Tensor,
+        rows: Packing,
+        store: Store,
+    ) -> None:
+        """The first sequences of the rows, one row each."""
         states = store.slots.views[f"state.{self.index}"]
         rings = self._rings(store)
+        slots, starts = rows.slots[: len(q)], rows.starts[: len(q)]
+        inputs = q, k, v, self.slopes, self.scale
         if rings is None:
-            return lightning_decode(
-                q, k, v, self.slopes, self.scale, states, rows.slots, rows.starts
-            )
-        where = states, *rings, rows.slots, rows.starts
-        spared = drafts(rings[0].shape[2])
-        return lightning_ring_decode(q, k, v, self.slopes, self.scale, *where, drafts=spared)
+            lightning_decode(*inputs, states, slots, starts, out=o)
+        else:
+            spared = drafts(rings[0].shape[2])
+            lightning_ring_decode(*inputs, states, *rings, slots, starts, drafts=spared, out=o)
 
     def _prefill(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, store: Store
-    ) -> torch.Tensor:
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        o: torch.Tensor,
+        batch: Batch,
+        store: Store,
+    ) -> None:
         rows = batch.tail
         assert rows is not None and batch.ends is not None
         states = store.slots.views[f"state.{self.index}"]
@@ -111,4 +125,4 @@ class Lightning:
         if rings is not None:
             where = states, *rings, rows.slots, rows.starts, batch.ends
             lightning_ring_fold(self.slopes, *where, drafts=drafts(rings[0].shape[2]))
-        return lightning_prefill(q, k, v, self.slopes, self.scale, states, rows)
+        lightning_prefill(q, k, v, self.slopes, self.scale, states, rows, out=o)

@@ -17,9 +17,10 @@ from model import image
 from model.batch import Batch
 from model.chunk import Capacity, Chunk, Copy, OutOfDeviceMemory, Sampled, Sampling
 from model.config import ConfigError, Fields
-from model.families import Family, added, build, logits_of
+from model.families import Family, added, build, drawable
 from model.graphs import DecodeGraphs, ladder
 from model.lightning import Memory
+from model.pieces import PiecewiseGraphs
 from model.sampling import Seen, read, sample
 from model.sequences import Sequences
 from model.store import Field, Saved, Store, row_bytes
@@ -71,6 +72,7 @@ class ModelRunner:
         self.sequences = Sequences(store.slots.count, most, store.device)
         self.overlaps = store.device.type == "cuda"
         self.graphs: DecodeGraphs | None = None
+        self.pieces: PiecewiseGraphs | None = None
         self.parameters: Parameters | None = None
 
     def step(self, chunks: list[Chunk]) -> list[Sampled | None]:
@@ -127,11 +129,15 @@ class ModelRunner:
     def _run(self, chunks: list[Chunk]) -> torch.Tensor | None:
         """Any step."""
         batch = Batch.pack(chunks, self.sequences)
-        logits = logits_of(self.model, batch, self.store)
+        if self.pieces is not None and self.pieces.serve(batch):
+            folded = self.pieces.fold(batch)
+        else:
+            folded = self.model.fold(batch, self.store)
         asking = [chunk for chunk in chunks if chunk.sampling is not None]
         if not asking:
             return None
-        drawn = sample(logits, asking, self.seen)
+        terms = self.model.finish(*batch.sampled(*folded))
+        drawn = sample(added(drawable(self.model, terms)), asking, self.seen)
         self._remember(asking, drawn)
         return drawn
 
@@ -353,6 +359,10 @@ def load_runner(
         with _phase(seconds, "graphs"):
             runner.graphs = DecodeGraphs(model, store, runner.sequences, min(slots, CAPTURED))
             runner.graphs.capture()
+            runner.pieces = PiecewiseGraphs(model, store, step_tokens)
+            runner.pieces.capture(
+                Batch.pack([Chunk(tokens=[0, 0], start=0, slot=0)], runner.sequences)
+            )
             # again: capturing has emptied the allocator's cache; what is served by graphs from here
             # on was compiled without them by the first time
             runner.warm_up(tokens)

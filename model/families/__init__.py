@@ -42,9 +42,14 @@ class Family(Protocol):
 
     def block_fields(self, block_size: int) -> list[Field]: ...
 
-    def forward(self, batch: Batch, store: Store) -> torch.Tensor:
-        """Fold the batch into the store; the logits of the R rows to sample, as terms
-        [S, R, V] float32 of which they are the sum (kernels/logits.py)."""
+    def fold(self, batch: Batch, store: Store) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fold the batch into the store: the stream and what the last mixer adds to it, [T, D]
+        both. What follows is row by row: only the rows that are asked for."""
+        ...
+
+    def finish(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        """R rows of what fold() leaves -> their logits, as terms [S, R, V] float32 of which they
+        are the sum (kernels/logits.py)."""
         ...
 
 
@@ -74,17 +79,16 @@ def build(fields: Fields, parameters: Parameters) -> Family:
     return family(fields, parameters)
 
 
-def terms_of(model: Family, batch: Batch, store: Store) -> torch.Tensor:
-    """The model's forward, with -inf for ids that no token stands behind: drawing and
+def forward(model: Family, batch: Batch, store: Store) -> torch.Tensor:
+    """Fold the batch into the store; terms [S, R, V] of the logits of the rows to sample."""
+    return model.finish(*batch.sampled(*model.fold(batch, store)))
+
+
+def drawable(model: Family, terms: torch.Tensor) -> torch.Tensor:
+    """The terms with -inf, in place, for ids that no token stands behind: drawing and
     log-probabilities alike know of tokens alone."""
-    terms = model.forward(batch, store)
     terms[0, :, model.drawable :] = -math.inf
     return terms
-
-
-def logits_of(model: Family, batch: Batch, store: Store) -> torch.Tensor:
-    """The same added up, [R, V] float32."""
-    return added(terms_of(model, batch, store))
 
 
 def added(terms: torch.Tensor) -> torch.Tensor:

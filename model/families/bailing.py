@@ -175,7 +175,7 @@ class LightningMixer:
         x, projected = residual_linear(residual, self.qkv_gate)
         q, k, v, gate = projected.unflatten(1, (4, self.heads, self.dim)).unbind(1)
         q, k = self.query_key_norm(q, k, step)
-        o = self.lightning(q, k, v, step.batch, step.store).flatten(1)
+        o = step.batch.attend(self.lightning, q, k, v, step.store).flatten(1)
         gate = gate.flatten(1)
         return x, gate_linear(o, gate, self.norm, self.eps, self.out, groups=self.groups)
 
@@ -198,7 +198,7 @@ class SoftmaxMixer:
         qkv = qkv.unflatten(1, (-1, self.dim))
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = self.query_key_norm(q, k, step)
-        o = self.softmax(q, k, v, step.batch, step.store)
+        o = step.batch.attend(self.softmax, q, k, v, step.store)
         return x, linear(o.flatten(1), self.out)
 
 
@@ -308,17 +308,24 @@ class Bailing:
                 fields += page_fields(i, block_size, c.kv_heads, c.head_dim, self.dtype)
         return fields
 
-    def forward(self, batch: Batch, store: Store) -> torch.Tensor:
-        """Fold the batch into the store; terms [S, R, V] of the logits of the rows to sample."""
-        eps, last = self.config.eps, len(self.mixers) - 1
+    def fold(self, batch: Batch, store: Store) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last mixer's stream and output, x and mixed [T, D]."""
         cos, sin = rotary_angles(batch.positions, self.frequencies)
         step = Step(batch, store, cos, sin)
         x = F.embedding(batch.ids, self.embedding)
-        residual = Residual(x, None, self.norms[0], eps)
-        for i, (mixer, expand) in enumerate(zip(self.mixers, self.expand, strict=True)):
+        residual = Residual(x, None, self.norms[0], self.config.eps)
+        for i, mixer in enumerate(self.mixers):
             x, mixed = mixer(residual, step)
-            if i == last:  # what follows is row by row: only the rows that are asked for
-                x, mixed = batch.sampled(x, mixed)
-            x, h = Residual(x, mixed, self.middle_norms[i], eps).normed()
-            residual = Residual(x, expand(h), self.norms[i + 1], eps)
-        return residual_logits(residual, self.head)
+            if i + 1 < len(self.mixers):
+                residual = self._expand(i, x, mixed)
+        return x, mixed
+
+    def _expand(self, i: int, x: torch.Tensor, mixed: torch.Tensor) -> Residual:
+        """What follows the mixer of layer i."""
+        eps = self.config.eps
+        x, h = Residual(x, mixed, self.middle_norms[i], eps).normed()
+        return Residual(x, self.expand[i](h), self.norms[i + 1], eps)
+
+    def finish(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        """Rows of fold() -> terms of their logits."""
+        return residual_logits(self._expand(len(self.mixers) - 1, x, mixed), self.head)

@@ -200,7 +200,7 @@ class LightningMixer:
         h, projected = residual_linear(residual, self.qkv_gate, silu=3 * width)
         qkv, gate = projected[:, : 3 * width], projected[:, 3 * width :]
         q, k, v = qkv.unflatten(1, (self.heads, 3, self.dim)).unbind(2)
-        o = self.lightning(q, k, v, step.batch, step.store)
+        o = step.batch.attend(self.lightning, q, k, v, step.store)
         return h, gate_linear(o.flatten(1), gate, self.norm, OUTPUT_NORM_EPS, self.out)
 
 
@@ -227,7 +227,7 @@ class SoftmaxMixer:
         h, qkv = residual_linear(residual, self.qkv)
         qk, v = qkv.unflatten(1, (-1, self.dim)).tensor_split((-self.kv_heads,), dim=1)
         q, k = rotary(qk, step.cos, step.sin).tensor_split((self.heads,), dim=1)
-        o = self.softmax(q, k, v, step.batch, step.store)
+        o = step.batch.attend(self.softmax, q, k, v, step.store)
         return h, linear(o.flatten(1), self.out)
 
 
@@ -327,21 +327,27 @@ class MiniMax:
                 fields += page_fields(i, block_size, c.kv_heads, c.head_dim, self.dtype)
         return fields
 
-    def forward(self, batch: Batch, store: Store) -> torch.Tensor:
-        """Fold the batch into the store; terms [S, R, V] of the logits of the rows to sample."""
-        c = self.config
+    def fold(self, batch: Batch, store: Store) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last mixer's stream and output, h and mixed [T, D]."""
         cos, sin = rotary_angles(batch.positions, self.frequencies)
         step = Step(batch, store, cos, sin)
         x = F.embedding(batch.ids, self.embedding)
-        residual = Residual(x, None, self.norms[0], c.eps, post=True)
-        last = len(c.layers) - 1
-        for i, kind in enumerate(c.layers):
-            h, mixed = self.mixers[i](residual, step)
-            if i == last:  # what follows is row by row: only the rows that are asked for
-                h, mixed = batch.sampled(h, mixed)
-            alpha, beta = c.alpha_beta[kind]
-            h = residual_rmsnorm(h, mixed, alpha, beta, self.middle_norms[i], c.eps)
-            expanded = self.experts[i](h)
-            alpha, beta = c.alpha_beta["mlp"]
-            residual = Residual(h, expanded, self.norms[i + 1], c.eps, alpha, beta, post=True)
-        return residual_logits(residual, self.head)
+        residual = Residual(x, None, self.norms[0], self.config.eps, post=True)
+        for i, mixer in enumerate(self.mixers):
+            h, mixed = mixer(residual, step)
+            if i + 1 < len(self.mixers):
+                residual = self._expand(i, h, mixed)
+        return h, mixed
+
+    def _expand(self, i: int, h: torch.Tensor, mixed: torch.Tensor) -> Residual:
+        """What follows the mixer of layer i."""
+        c = self.config
+        alpha, beta = c.alpha_beta[c.layers[i]]
+        h = residual_rmsnorm(h, mixed, alpha, beta, self.middle_norms[i], c.eps)
+        expanded = self.experts[i](h)
+        alpha, beta = c.alpha_beta["mlp"]
+        return Residual(h, expanded, self.norms[i + 1], c.eps, alpha, beta, post=True)
+
+    def finish(self, h: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        """Rows of fold() -> terms of their logits."""
+        return residual_logits(self._expand(len(self.mixers) - 1, h, mixed), self.head)

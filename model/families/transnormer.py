@@ -107,7 +107,8 @@ class LightningMixer:
             qk = lrpe(qk, self.theta.squeeze(1), batch.positions)
         q, k = qk.chunk(2, dim=1)
         v, u = projected[:, 2 * self.width :].chunk(2, dim=1)
-        o = self.lightning(q, k, v.unflatten(1, (self.heads, self.dim)), batch, store)
+        v = v.unflatten(1, (self.heads, self.dim))
+        o = batch.attend(self.lightning, q, k, v, store)
         return x, gate_linear(o.flatten(1), u, None, EPS, self.out, sigmoid=False)
 
 
@@ -166,15 +167,20 @@ class TransNormer:
         """No keys and values are kept."""
         return []
 
-    def forward(self, batch: Batch, store: Store) -> torch.Tensor:
-        """Fold the batch into the store; terms [S, R, V] of the logits of the rows to sample."""
-        x, f = F.embedding(batch.ids, self.embedding), None
-        residual = Residual(x, f, None, EPS, alpha=self.config.embedding_scale)
-        last = len(self.mixers) - 1
-        for i, (mixer, unit) in enumerate(zip(self.mixers, self.units, strict=True)):
-            x, f = mixer(residual, batch, store)
-            if i == last:  # what follows is row by row: only the rows that are asked for
-                x, f = batch.sampled(x, f)
-            x, f = unit(Residual(x, f, None, EPS))
-            residual = Residual(x, f, None, EPS)
-        return residual_logits(residual, self.head)
+    def fold(self, batch: Batch, store: Store) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last mixer's stream and output, x and mixed [T, D]."""
+        x = F.embedding(batch.ids, self.embedding)
+        residual = Residual(x, None, None, EPS, alpha=self.config.embedding_scale)
+        for i, mixer in enumerate(self.mixers):
+            x, mixed = mixer(residual, batch, store)
+            if i + 1 < len(self.mixers):
+                residual = self._expand(i, x, mixed)
+        return x, mixed
+
+    def _expand(self, i: int, x: torch.Tensor, mixed: torch.Tensor) -> Residual:
+        """What follows the mixer of layer i."""
+        return Residual(*self.units[i](Residual(x, mixed, None, EPS)), None, EPS)
+
+    def finish(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        """Rows of fold() -> terms of their logits."""
+        return residual_logits(self._expand(len(self.mixers) - 1, x, mixed), self.head)

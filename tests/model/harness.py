@@ -9,7 +9,7 @@ import torch
 
 from model.batch import Batch
 from model.chunk import Chunk, Sampling
-from model.families import added
+from model.families import added, forward
 from model.runner import ModelRunner, load_runner
 
 GREEDY = Sampling(temperature=0.0)
@@ -56,7 +56,7 @@ def logits_of(runner: ModelRunner, chunks: list[Chunk]) -> torch.Tensor:
     """Logits of the last row of each chunk, in the chunks' order (singles must come first)."""
     runner.sequences.keep(chunks)
     batch = Batch.pack(chunks, runner.sequences)
-    return added(runner.model.forward(batch, runner.store)).cpu()
+    return added(forward(runner.model, batch, runner.store)).cpu()
 
 
 def prompt(length: int, seed: int = 1) -> list[int]:

@@ -10,6 +10,7 @@ import torch
 from model.batch import Batch
 from model.chunk import Capacity, Chunk, OutOfDeviceMemory, Runner, Sampling
 from model.config import ConfigError
+from model.families import forward
 from model.runner import BLOCK_SIZE, ModelRunner, divide, load_runner, longest
 from model.store import Field, Rows
 from model.weights import WeightsError, fingerprint
@@ -49,8 +50,8 @@ def test_a_bfloat16_state_is_half_as_large_and_close(path: Path) -> None:
     again = Batch.pack([Chunk(tokens=[5], start=300, slot=1, sampling=Sampling())], exact.sequences)
     with torch.inference_mode():
         for model, store in ((exact.model, exact.store), (small.model, small.store)):
-            model.forward(batch, store)
-        want, got = (r.model.forward(again, r.store) for r in (exact, small))
+            forward(model, batch, store)
+        want, got = (forward(r.model, again, r.store) for r in (exact, small))
     error = (got - want).norm() / want.norm()
     assert 0 < error < 0.02
 

@@ -1,0 +1,144 @@
+"""Steps of any chunks as CUDA graphs in pieces: captured at start-up, a chain for each of a ladder
+of row counts.
+
+Attention alone asks which rows are of one sequence. So what lies between two attentions is a graph,
+replayed for the next number of rows up, and attention is launched between them as the step has it,
+over the rows that there are. Rows of padding hold whatever was there, and no other row sees them.
+"""
+
+from __future__ import annotations
+
+import gc
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from model.batch import Attention, Batch
+from model.families import Family
+from model.store import Store
+
+Folded = tuple[torch.Tensor, torch.Tensor]  # what Family.fold gives
+
+
+def ladder(most: int) -> list[int]:
+    """Row counts to capture: multiples of 16, then at most a quarter apart."""
+    sizes = [16]
+    while sizes[-1] < most:
+        sizes.append(sizes[-1] + max(sizes[-1] // 4 // 16 * 16, 16))
+    return [size for size in sizes if size < most] + [most]
+
+
+class _Address:
+    """A tensor's place in memory, which does not keep it from being given back."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": tuple(x.shape),
+            "strides": tuple(stride * x.itemsize for stride in x.stride()),
+            "typestr": f"<i{x.itemsize}",
+            "data": (x.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def alias(x: torch.Tensor) -> torch.Tensor:
+    """The same memory, not owned: a graph keeps its pool, in which later pieces use it again."""
+    return torch.as_tensor(_Address(x), device=x.device).view(x.dtype)
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Piece:
+    """A graph, and the attention that follows it."""
+
+    graph: torch.cuda.CUDAGraph
+    attention: Attention
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    o: torch.Tensor
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Chain:
+    """Family.fold for one number of rows: pieces, the graph that ends it, and what that gives."""
+
+    pieces: list[Piece]
+    last: torch.cuda.CUDAGraph
+    folded: Folded
+
+
+class PiecewiseGraphs:
+    """The chains of one model with its store, for steps of up to `most` rows."""
+
+    def __init__(self, model: Family, store: Store, most: int) -> None:
+        self.sizes = ladder(most)
+        self._model = model
+        self._store = store
+        self._ids = torch.zeros(most, dtype=torch.int64, device=store.device)
+        self._positions = torch.zeros(most, dtype=torch.int64, device=store.device)
+        self._chains: dict[int, Chain] = {}
+
+    @torch.inference_mode()
+    def capture(self, batch: Batch) -> None:
+        """Run each size once, which compiles, then record it; the largest first, whose memory the
+        others use too. Of the batch only the tables are looked at."""
+        for size in self.sizes:
+            self._model.fold(self._padded(batch, size), self._store)
+        torch.cuda.synchronize()
+        gc.collect()
+        torch.cuda.empty_cache()
+        pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.stream(torch.cuda.Stream(self._store.device)):
+            for size in reversed(self.sizes):
+                self._chains[size] = self._record(self._padded(batch, size), pool)
+        torch.cuda.synchronize()
+
+    def _padded(self, batch: Batch, size: int) -> Batch:
+        """A step of so many rows, without its attention."""
+        return replace(
+            batch,
+            ids=self._ids[:size],
+            positions=self._positions[:size],
+            recorder=lambda *tensors: None,
+        )
+
+    def _record(self, batch: Batch, pool: Any) -> Chain:
+        pieces: list[Piece] = []
+        graph = torch.cuda.CUDAGraph()
+
+        def record(
+            attention: Attention,
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            o: torch.Tensor,
+        ) -> None:
+            nonlocal graph
+            graph.capture_end()
+            pieces.append(Piece(graph, attention, alias(q), alias(k), alias(v), alias(o)))
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=pool)
+
+        graph.capture_begin(pool=pool)
+        x, mixed = self._model.fold(replace(batch, recorder=record), self._store)
+        graph.capture_end()
+        return Chain(pieces, graph, (alias(x), alias(mixed)))
+
+    def serve(self, batch: Batch) -> bool:
+        """Whether a step is one of theirs."""
+        return len(batch.ids) <= self.sizes[-1]
+
+    def fold(self, batch: Batch) -> Folded:
+        """Family.fold; what it gives is theirs until the next step."""
+        T = len(batch.ids)
+        chain = self._chains[self.sizes[bisect_left(self.sizes, T)]]
+        self._ids[:T].copy_(batch.ids)
+        self._positions[:T].copy_(batch.positions)
+        for p in chain.pieces:
+            p.graph.replay()
+            p.attention(p.q[:T], p.k[:T], p.v[:T], p.o[:T], batch, self._store)
+        chain.last.replay()
+        x, mixed = chain.folded
+        return x[:T], mixed[:T]
