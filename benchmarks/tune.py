@@ -49,7 +49,8 @@ class Decoding:
         self.rings = [
             torch.randn(B, H, R, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)
         ]
-        self.folded = torch.zeros(B, H, 2, dtype=torch.int64, device=DEVICE)
+        shape = B, H, lightning_ring.parts(128), 2
+        self.folded = torch.zeros(shape, dtype=torch.int64, device=DEVICE)
         self.slots = torch.randperm(B, device=DEVICE).int()
         self.starts = torch.full((B,), 7, device=DEVICE)
         self.inputs = [
@@ -112,7 +113,10 @@ def tune_decoding(ring: bool, classes: list[str], deadline: float) -> Found:
     options: list[Any]
     if ring:
         options = [
-            RingTuning(*each) for each in product((16, 32, 64), (2, 4, 8), (96, 128, 160, 255))
+            RingTuning(rows, columns, warps, registers)
+            for rows, columns, warps in product((16, 32, 64, 128), (32, 64, 128), (1, 2, 4))
+            for registers in (128, 168, 255)
+            if 8 <= rows * columns // (32 * warps) <= 128
         ]
     else:
         options = [DecodeTuning(*each) for each in product((2048, 4096, 8192, 16384), (2, 4, 8))]

@@ -12,8 +12,9 @@ P = R - D slices, and step t folds the m = n_k - D tokens of slice t mod P that 
     S_k' = S_k + S_k expm1(-slope m) + sum_{D <= a < n_k} lam^(a-D) k_(t-a),k v_(t-a)
 
 so that rolling back is to pass a smaller start. `folded` holds two positions of a slot and head:
-where its state stood when the ring began, and the step up to which slices have had their turn. The
-specification is lightning_reference.
+where its state stood when the ring began, and the step up to which slices have had their turn; once
+for each of some parts of its columns, which are always alike, so that of a small batch several
+programs may share a head without a word between them. The specification is lightning_reference.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -23,7 +24,7 @@ import torch
 
 from kernels.language import early, expm1, jit, next_power_of_2, start_early, tl
 from kernels.packing import output
-from kernels.tuning import RingTuning, ring_tuning
+from kernels.tuning import RingTuning, processors, ring_tuning
 
 
 @jit
@@ -90,38 +91,38 @@ def _decode_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     PIECE: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """One sequence, one head: the only program that knows of its `folded`."""
+    """One sequence, one head, one of SPLITS groups of columns: the only program that knows of their
+    `folded`."""
     start_early(EARLY)
-    i_h, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    COLUMNS: tl.constexpr = DV // SPLITS
+    EACH: tl.constexpr = PARTS // SPLITS
+    i_h, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    i_n = tl.program_id(1).to(tl.int64)
     o_r, o_k, o_v = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     o_piece, o_row = tl.arange(0, PIECE), tl.arange(0, BLOCK_ROWS)
-    p_o = o_ptr + (i_n * H + i_h) * DV + o_v
+    p_o = o_ptr + (i_n * H + i_h) * DV + i_s * COLUMNS + o_v
     slot = tl.load(slots_ptr + i_n).to(tl.int64)
+    start = tl.load(starts_ptr + i_n)
     if slot < 0:
-        for v in tl.static_range(0, DV, BLOCK_V):
+        for v in tl.static_range(0, COLUMNS, BLOCK_V):
             tl.store(p_o + v, tl.zeros([BLOCK_V], o_ptr.dtype.element_ty))
         return
+    fresh = start == 0  # whatever the slot holds, its sequence begins
     p_q = q_ptr + i_n * q_row_stride + i_h * q_head_stride
     p_k = k_ptr + i_n * k_row_stride + i_h * k_head_stride
-    p_v = v_ptr + i_n * v_row_stride + i_h * v_head_stride
-    p_state = states_ptr + slot * states_stride + i_h * DK * DV
+    p_v = v_ptr + i_n * v_row_stride + i_h * v_head_stride + i_s * COLUMNS
+    p_state = states_ptr + slot * states_stride + i_h * DK * DV + i_s * COLUMNS
     p_ring_k = ring_k_ptr + slot * ring_k_stride + i_h * R * DK
-    p_ring_v = ring_v_ptr + slot * ring_v_stride + i_h * R * DV
-    p_folded = folded_ptr + slot * folded_stride + i_h * 2
+    p_ring_v = ring_v_ptr + slot * ring_v_stride + i_h * R * DV + i_s * COLUMNS
+    p_folded = folded_ptr + slot * folded_stride + (i_h * PARTS + i_s * EACH) * 2
+    o_parts = tl.arange(0, EACH) * 2
 
     slope = tl.load(slopes_ptr + i_h)
-    start = tl.load(starts_ptr + i_n)
-    if start == 0:  # whatever the slot holds, its sequence begins
-        for v in tl.static_range(0, DV, BLOCK_V):
-            b_zeros = tl.zeros([PIECE, BLOCK_V], p_state.dtype.element_ty)
-            for k in tl.static_range(0, DK, PIECE):
-                tl.store(p_state + (k + o_piece)[:, None] * DV + v + o_v, b_zeros)
-        tl.store(p_folded, start)
-        tl.store(p_folded + 1, start)
-        tl.debug_barrier()
-    origin = tl.load(p_folded)
-    done = tl.load(p_folded + 1)
+    origin = tl.where(fresh, 0, tl.load(p_folded))
+    done = tl.where(fresh, 0, tl.load(p_folded + 1))
     b_age = _ages(start, R, BLOCK_R)
     b_decay = tl.exp(-slope * b_age) * scale
     # a row out of date is read as the new token, without weight: what the ring holds there is not
@@ -132,13 +133,14 @@ def _decode_kernel(
 
     # every load is under way before the first sum across warps waits for any
     b_p = tl.zeros([BLOCK_R], tl.float32)
-    for v in tl.static_range(0, DV, BLOCK_V):
+    for v in tl.static_range(0, COLUMNS, BLOCK_V):
         b_sum = tl.zeros([PIECE, BLOCK_V], tl.float32)
         for k in tl.static_range(0, DK, PIECE):
             p_piece = p_state + (k + o_piece)[:, None] * DV + v + o_v
+            b_s = tl.load(p_piece, mask=start > 0, other=0.0).to(tl.float32)
             b_n = _waiting(k + o_piece, start + 1, origin, done, R, P, ROWS)
             b_q = tl.load(p_q + k + o_piece).to(tl.float32) * (tl.exp(-slope * b_n) * scale)
-            b_sum += b_q[:, None] * tl.load(p_piece).to(tl.float32)
+            b_sum += b_q[:, None] * b_s
         b_values = tl.load(p_values + v + o_v)  # [R, V]
         if v == 0:
             for k in tl.static_range(0, DK, BLOCK_K):
@@ -147,27 +149,35 @@ def _decode_kernel(
                 b_query = tl.load(tl.broadcast_to((p_q + k + o_k)[None, :], [BLOCK_R, BLOCK_K]))
                 b_product = b_keys.to(tl.float32) * b_query.to(tl.float32)
                 b_p += tl.sum(tl.where(b_age[:, None] < b_n, b_product, 0.0), 1)
-                tl.store(p_ring_k + row * DK + k + o_k, tl.load(p_k + k + o_k))
+                if i_s == 0:
+                    tl.store(p_ring_k + row * DK + k + o_k, tl.load(p_k + k + o_k))
             b_p *= b_decay
         tl.store(p_ring_v + row * DV + v + o_v, tl.load(p_v + v + o_v))
         b_o = tl.sum(b_sum, 0) + tl.sum(b_p[:, None] * b_values.to(tl.float32), 0)
         tl.store(p_o + v, b_o.to(o_ptr.dtype.element_ty))
 
+    if fresh:
+        for v in tl.static_range(0, COLUMNS, BLOCK_V):
+            b_zeros = tl.zeros([PIECE, BLOCK_V], p_state.dtype.element_ty)
+            for k in tl.static_range(0, DK, PIECE):
+                tl.store(p_state + (k + o_piece)[:, None] * DV + v + o_v, b_zeros)
     if start >= done:  # else this is a step once more, after drafts
-        tl.debug_barrier()  # the slice is read, and `folded`, by every thread
+        tl.debug_barrier()  # the slice is read, and `folded`, by every thread; zeros are written
         first = (start % P).to(tl.int32) * ROWS
         n = _waiting(first, start + 1, origin, done, R, P, ROWS)
         b_late = tl.where((b_age >= R - P) & (b_age < n), tl.exp(-slope * (b_age - (R - P))), 0.0)
         leave = expm1(-slope * tl.maximum(n - (R - P), 0))
         m_row = (o_row < ROWS) & (first + o_row < DK)
         b_k = tl.load(p_keys + (first + o_row)[:, None], mask=m_row[:, None], other=0.0)  # [K, R]
-        for v in tl.static_range(0, DV, BLOCK_V):
+        for v in tl.static_range(0, COLUMNS, BLOCK_V):
             b_v = tl.load(p_values + v + o_v).to(tl.float32) * b_late[:, None]
             p_s = p_state + (first + o_row)[:, None] * DV + v + o_v
             b_s = tl.load(p_s, mask=m_row[:, None], other=0.0).to(tl.float32)
             b_s = _fold(b_s, b_k, b_v, leave)
             tl.store(p_s, b_s.to(p_state.dtype.element_ty), mask=m_row[:, None])
-        tl.store(p_folded + 1, start + 1)
+        tl.store(p_folded + 1 + o_parts, tl.zeros([EACH], tl.int64) + (start + 1))
+        if fresh:
+            tl.store(p_folded + o_parts, tl.zeros([EACH], tl.int64))
 
 
 @jit(do_not_specialize_on_alignment=["slots_ptr", "starts_ptr", "ends_ptr"])
@@ -193,6 +203,7 @@ def _fold_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """One sequence, one head."""
     start_early(EARLY)
@@ -201,7 +212,7 @@ def _fold_kernel(
     if slot < 0:
         return
     start = tl.load(starts_ptr + i_n)
-    p_folded = folded_ptr + slot * folded_stride + i_h * 2
+    p_folded = folded_ptr + slot * folded_stride + i_h * PARTS * 2
     origin = tl.where(start > 0, tl.load(p_folded), 0)
     done = tl.where(start > 0, tl.load(p_folded + 1), 0)
     if start > origin:
@@ -226,13 +237,25 @@ def _fold_kernel(
                 tl.store(p_s, b_s.to(p_state.dtype.element_ty))
     tl.debug_barrier()  # `folded` is known to every thread
     end = tl.load(ends_ptr + i_n)
-    tl.store(p_folded, end)
-    tl.store(p_folded + 1, end)
+    tl.store(p_folded + tl.arange(0, PARTS * 2), tl.zeros([PARTS * 2], tl.int64) + end)
 
 
 def _divisor(n: int, most: int) -> int:
     """The largest power of two that divides n, or `most`: tiles of it need no mask."""
     return min(n & -n, most)
+
+
+def parts(dv: int) -> int:
+    """Of a state's columns: how many programs at most share a head, a power of two."""
+    return max(_divisor(dv, 128) // 16, 1)
+
+
+def splits(parts: int, dv: int, columns: int, heads: int, programs: int) -> int:
+    """Programs a head: one for so many columns, more where all heads would not fill the card."""
+    found = 1
+    while found < parts and (dv // found > columns or heads * found < programs):
+        found *= 2
+    return found
 
 
 def _slices(R: int, drafts: int, dk: int) -> dict[str, int]:
@@ -262,7 +285,9 @@ def _triton(
     R = ring_k.shape[2]
     slices = _slices(R, drafts, dk)
     tuning = tuning or ring_tuning(q.device, states.element_size())
-    _decode_kernel[(H, N)](
+    PARTS = folded.shape[2]
+    SPLITS = splits(PARTS, dv, tuning.columns, N * H, processors(q.device))
+    _decode_kernel[(H * SPLITS, N)](
         q,
         k,
         v,
@@ -291,9 +316,11 @@ def _triton(
         DV=dv,
         BLOCK_R=max(next_power_of_2(R), 16),
         BLOCK_K=_divisor(dk, 128),
-        BLOCK_V=_divisor(dv, 128),
+        BLOCK_V=_divisor(dv // SPLITS, 128),
         BLOCK_ROWS=max(next_power_of_2(slices["ROWS"]), 16),
-        PIECE=_divisor(dk, tuning.rows),
+        PIECE=_divisor(dk, tuning.rows * max(tuning.columns * SPLITS // dv, 1)),
+        PARTS=PARTS,
+        SPLITS=SPLITS,
         num_warps=tuning.warps,
         maxnreg=tuning.registers,
         **early(q.device),
@@ -332,6 +359,7 @@ def _triton_fold(
         BLOCK_R=max(next_power_of_2(R), 16),
         BLOCK_K=_divisor(dk, 32),
         BLOCK_V=_divisor(dv, 128),
+        PARTS=folded.shape[2],
         num_warps=4,
         **early(slopes.device),
     )
@@ -400,7 +428,7 @@ def _torch(
     folded[at[fresh]] = 0
     ring_k[at, :, starts % R] = k
     ring_v[at, :, starts % R] = v
-    origin, done = folded[at, 0].unbind(1)
+    origin, done = folded[at, 0, 0].unbind(1)
     n = _unfolded(starts + 1, origin, done, dk, R, drafts)
     K, V = (_rows(ring, at, starts) for ring in (ring_k, ring_v))
     S = states[at].float().masked_fill_(fresh[:, None, None, None], 0.0)
@@ -418,7 +446,7 @@ def _torch(
     m = torch.where(turn & (starts >= done)[:, None], (n - drafts).clamp(min=0), 0)
     S = _folded_rows(S, K, V, slopes, m, drafts)
     states[at] = S.to(states.dtype)
-    folded[at, :, 1] = torch.maximum(done, starts + 1)[:, None]
+    folded[at, ..., 1] = torch.maximum(done, starts + 1)[:, None, None]
 
 
 def _torch_fold(
@@ -434,8 +462,8 @@ def _torch_fold(
 ) -> None:
     real = (slots >= 0).nonzero().squeeze(1)
     at, starts, ends = slots[real].long(), starts[real], ends[real]
-    origin, done = (torch.where(starts > 0, x, 0) for x in folded[at, 0].unbind(1))
-    folded[at] = ends[:, None, None]
+    origin, done = (torch.where(starts > 0, x, 0) for x in folded[at, 0, 0].unbind(1))
+    folded[at] = ends[:, None, None, None]
     some = (starts > origin).nonzero().squeeze(1)
     if len(some) == 0:
         return
@@ -461,7 +489,8 @@ def _check(
     assert ring_k.shape == (S, H, R, dk) and ring_v.shape == (S, H, R, dv)
     assert ring_k.dtype == ring_v.dtype
     assert states[0].is_contiguous() and ring_k[0].is_contiguous() and ring_v[0].is_contiguous()
-    assert folded.shape == (S, H, 2) and folded.dtype == torch.int64 and folded[0].is_contiguous()
+    assert folded.shape == (S, H, parts(dv), 2) and folded.dtype == torch.int64
+    assert folded[0].is_contiguous()
     assert slots.shape == starts.shape == (len(slots),)
     assert slots.dtype == torch.int32 and starts.dtype == torch.int64
 
@@ -484,11 +513,11 @@ def lightning_ring_decode(
     """q, k [N, H, dk], v [N, H, dv], slopes [H] float32 -> o [N, H, dv] in v's dtype.
 
     states [S, H, dk, dv] float32 or bfloat16, ring_k [S, H, R, dk] and ring_v [S, H, R, dv] in q's
-    dtype and folded [S, H, 2] int64 are updated in place at slots [N] int32. starts [N] int64 are
-    the positions of these tokens: each one more than in the call before, or up to `drafts` less
-    than that, which forgets the tokens from there on. Where it is 0 the sequence begins, whatever
-    the slot holds; a row with slot -1 is padding and comes out as zero. `drafts` < R is the same in
-    every call between two folds. out: contiguous memory for o.
+    dtype and folded [S, H, parts(dv), 2] int64 are updated in place at slots [N] int32. starts [N]
+    int64 are the positions of these tokens: each one more than in the call before, or up to
+    `drafts` less than that, which forgets the tokens from there on. Where it is 0 the sequence
+    begins, whatever the slot holds; a row with slot -1 is padding and comes out as zero. `drafts` <
+    R is the same in every call between two folds. out: contiguous memory for o.
     """
     N, H, dk = q.shape
     dv = v.shape[-1]

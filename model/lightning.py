@@ -8,7 +8,7 @@ import torch
 
 from kernels.lightning_decode import lightning_decode
 from kernels.lightning_prefill import lightning_prefill
-from kernels.lightning_ring import lightning_ring_decode, lightning_ring_fold
+from kernels.lightning_ring import lightning_ring_decode, lightning_ring_fold, parts
 from kernels.packing import Packing
 from model.batch import Batch
 from model.store import Field, Store
@@ -47,7 +47,7 @@ def memory_fields(index: int, heads: int, dk: int, dv: int, memory: Memory) -> l
         fields += [
             Field(f"ring_keys.{index}", (heads, memory.ring, dk), memory.values, 1, since),
             Field(f"ring_values.{index}", (heads, memory.ring, dv), memory.values, 1, since),
-            Field(since, (heads, 2), torch.int64),
+            Field(since, (heads, parts(dv), 2), torch.int64),
         ]
     return fields
 

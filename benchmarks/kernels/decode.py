@@ -17,7 +17,7 @@ from benchmarks.result import Row
 from benchmarks.timing import milliseconds
 from kernels.lightning_decode import lightning_decode
 from kernels.lightning_reference import lightning_reference
-from kernels.lightning_ring import lightning_ring_decode, lightning_ring_fold
+from kernels.lightning_ring import lightning_ring_decode, lightning_ring_fold, parts
 from model.lightning import drafts
 
 H = 16
@@ -44,14 +44,14 @@ class Layers:
             [
                 torch.randn(B, H, R, D, device="cuda", dtype=torch.bfloat16),
                 torch.randn(B, H, R, D, device="cuda", dtype=torch.bfloat16),
-                torch.zeros(B, H, 2, dtype=torch.int64, device="cuda"),
+                torch.zeros(B, H, parts(D), 2, dtype=torch.int64, device="cuda"),
             ]
             for _ in self.states
         ]
         # as if decoding had gone on for long: positions differ, rings are full
         self.starts = torch.arange(1000, 1000 + 7 * B, 7, device="cuda")
         for *_, folded in self.rings:
-            folded[..., 1] = self.starts[:, None]
+            folded[..., 1] = self.starts[:, None, None]
         self.slots = torch.randperm(B, device="cuda").int()
         self.inputs = [torch.randn(B, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
 
@@ -86,7 +86,7 @@ class Layers:
         if self.ring:
             memory = self.states[0], *self.rings[0]
             lightning_ring_fold(self.slopes, *memory, self.slots, starts, starts, DRAFTS)
-            self.rings[0][2][..., 1] = self.starts[:, None]
+            self.rings[0][2][..., 1] = self.starts[:, None, None]
             self.rings[0][2][..., 0] = 0
         errors = []
         for n in range(len(picked)):

@@ -130,7 +130,8 @@ class Step:
         states, wide = torch.zeros(N, H, D, D, device=DEVICE), (N, H, 2 * D, D)
         self.states, self.wide = states, torch.zeros(wide, device=DEVICE)
         self.rings = [torch.zeros(N, H, 8, D, **make) for _ in range(2)]
-        self.folded = self.starts[:, None, None].repeat(1, H, 2)
+        alike = 1, H, lightning_ring.parts(D), 2
+        self.folded = self.starts[:, None, None, None].repeat(alike)
         self.windows = [torch.zeros(N, 7, self.HKV, D, **make) for _ in range(2)]
         self.pages = [torch.zeros(N * 32, 64, self.HKV, D, **make) for _ in range(2)]
         table = torch.arange(N * 32, dtype=torch.int32, device=DEVICE)
@@ -157,7 +158,7 @@ class Step:
         q, k = (norm_rotary(x, self.cos, self.sin, self.head_norm, 1e-6) for x in (q, k))
         o = torch.empty_like(v)
         ring = self.slopes, 0.1, self.states, *self.rings, self.folded, *where, 1, o
-        lightning_ring._triton(q, k, v, *ring, RingTuning(32, 4, 128))
+        lightning_ring._triton(q, k, v, *ring, RingTuning(32, 128, 4, 128))
         turned = torch.empty(N, H, 2 * D, dtype=o.dtype, device=DEVICE)
         lrpe._triton(o, self.theta, self.starts, turned)
         o = torch.empty_like(o)

@@ -9,6 +9,7 @@ from kernels import lightning_ring
 from kernels.lightning_prefill import lightning_prefill
 from kernels.lightning_reference import lightning_reference
 from kernels.lightning_ring import lightning_ring_decode, lightning_ring_fold
+from kernels.tuning import RingTuning
 from tests.kernels.cases import error, interleaved, pack, pool
 
 BOUND = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-3}
@@ -31,7 +32,8 @@ class Slots:
         self.slopes = torch.tensor(SLOPES, device=device)
         (self.states,) = pool(S, (H, dk, dv), dtype=state_dtype, device=device)
         self.rings = pool(S, (H, R, dk), (H, R, dv), dtype=dtype, device=device)
-        self.folded = torch.full((S, H + 2, 2), -(1 << 60), device=device)[:, :H]
+        shape = S, H + 2, lightning_ring.parts(dv), 2
+        self.folded = torch.full(shape, -(1 << 60), device=device)[:, :H]
 
     def decode(self, q, k, v, slots, starts, scale=1.0, drafts=0):
         slots = torch.as_tensor(slots, dtype=torch.int32, device=q.device)
@@ -104,6 +106,35 @@ def test_a_step_writes_one_slice_of_the_state(device):
     assert error(on.states[0], lightning_reference(q, k, v, on.slopes, 1.0)[1]) <= 1e-6
 
 
+def test_a_head_is_shared_by_more_programs_where_they_would_be_few():
+    assert lightning_ring.parts(128) == lightning_ring.parts(256) == 8
+    assert [lightning_ring.parts(d) for d in (16, 40, 64, 96)] == [1, 1, 4, 2]
+    splits = lightning_ring.splits
+    assert [splits(8, 128, 128, heads, 132) for heads in (16, 48, 128, 132)] == [8, 4, 2, 1]
+    assert [splits(8, 128, 64, heads, 132) for heads in (16, 128, 4096)] == [8, 2, 2]
+    assert splits(1, 40, 16, 1, 132) == 1 and splits(8, 256, 128, 4096, 132) == 2
+
+
+@pytest.mark.parametrize("device", ["triton"], indirect=True)
+@pytest.mark.parametrize("dv", [64, 256])
+def test_any_share_of_a_head_goes_on_from_any_other(device, monkeypatch, dv):
+    """Batches grow and shrink: the next step has other programs for the same columns."""
+    R, d, T = 4, 16, 12
+    on = Slots(1, R, d, dv, device)
+    q, k, v = interleaved(T, H, (d, d, dv), device=device)
+    rows = []
+    for t in range(T):
+        columns = (16, 64, 128)[t % 3]
+        tuning = RingTuning(16, columns, 2, 128)
+        monkeypatch.setattr(lightning_ring, "ring_tuning", lambda *of, tuning=tuning: tuning)
+        rows.append(on.decode(q[t, None], k[t, None], v[t, None], [0], [t], drafts=1))
+        assert (on.folded[..., 0] == 0).all() and (on.folded[..., 1] == t + 1).all()
+    on.fold([0], [T], drafts=1)
+    expected, state = lightning_reference(q, k, v, on.slopes, 1.0)
+    assert error(torch.cat(rows), expected) <= 1e-5
+    assert error(on.states[0], state) <= 1e-5
+
+
 def test_prefill_goes_on_from_a_ring_and_decoding_from_a_prefill(device):
     """Chunks and single tokens by turns, as a conversation has them; two slots at once."""
     R, d, turns = 4, 32, [9, -3, 5, -6, 1, -1, 17, -9]
@@ -150,7 +181,7 @@ def test_rolling_back_drafts_is_passing_a_smaller_start(device):
             if right:
                 rows.append(o)
         t = min(t + kept, T)
-        again.add(int(on.folded[0, 0, 1]) - t)  # steps that will be taken once more
+        again.add(int(on.folded[0, 0, 0, 1]) - t)  # steps that will be taken once more
     assert again == set(range(drafts + 1))
     expected, state = lightning_reference(q, k, v, on.slopes, 1.0)
     assert error(torch.cat(rows), expected) <= 1e-5
@@ -226,4 +257,4 @@ def test_a_graph_replays_folds_that_the_device_decides(device):
         starts += 1
     real = [0, 2, 3, 4]
     assert torch.equal(eager.states[real], replayed.states[real])
-    assert (replayed.folded[real, :, 1] == T).all()
+    assert (replayed.folded[real][..., 1] == T).all()
