@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.gated import silu_, silu_mul
+from kernels.gated import mul, silu_, silu_mul
 from kernels.linear import linear
 from kernels.quantize import Weight
 from kernels.residual_rmsnorm import add_rmsnorm_, residual_rmsnorm
@@ -90,7 +90,7 @@ def after(y: torch.Tensor, silu: int, pair: Pair) -> torch.Tensor:
     """y [T, N] as linear gives it -> with what comes after the product."""
     if pair:
         one, two = y.chunk(2, dim=1)
-        return silu_mul(one, two) if pair == "silu_mul" else one * two
+        return (silu_mul if pair == "silu_mul" else mul)(one, two)
     if silu:
         silu_(y[:, :silu])
     return y

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from benchmarks.result import Row
 from benchmarks.timing import milliseconds
-from kernels.gated import silu_, silu_mul
+from kernels.gated import mul, silu_, silu_mul
 from kernels.residual_rmsnorm import residual_rmsnorm
 from kernels.rmsnorm_gate import rmsnorm_gate
 from kernels.rotary import rotary, rotary_angles
@@ -34,6 +34,7 @@ def works() -> list[tuple[str, int, Callable[[], Any], Callable[[], Any]]]:
 
     qkv_gate, x, f, weight = random(T, 4 * WIDTH), random(T, WIDTH), random(T, WIDTH), random(WIDTH)
     qkv, gate = qkv_gate[:, : 3 * WIDTH], qkv_gate[:, 3 * WIDTH :]
+    one, two = random(T, 2 * WIDTH).chunk(2, dim=1)
     heads = x.view(T, HEADS, DIM)
     frequencies = rotary_frequencies(DIM, 1e7, torch.device("cuda"))
     cos, sin = rotary_angles(torch.arange(T, device="cuda"), frequencies)
@@ -64,6 +65,7 @@ def works() -> list[tuple[str, int, Callable[[], Any], Callable[[], Any]]]:
             lambda: _norm(ALPHA * x + f, weight),
         ),
         ("silu(a) * b", 3 * row, lambda: silu_mul(x, gate), lambda: F.silu(x) * gate),
+        ("a * b, halves of one tensor", 3 * row, lambda: mul(one, two), lambda: one * two),
         ("rotary", 2 * row, lambda: rotary(heads, cos, sin), torch_rotary),
     ]
 

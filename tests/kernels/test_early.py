@@ -21,7 +21,7 @@ from kernels import (
     sorting,
     window_attention,
 )
-from kernels.gated import silu_, silu_mul
+from kernels.gated import mul, silu_, silu_mul
 from kernels.grouped_gemm import grouped_gemm
 from kernels.quantize import quantized
 from kernels.residual_rmsnorm import add_rmsnorm_, residual_rmsnorm
@@ -176,7 +176,7 @@ class Step:
         window_attention._triton(q, k, v, *self.windows, self.packing, 7, 0.1, o)
         h = add_rmsnorm_(self.x, self.product(o.flatten(1), self.qkv[: H * D]), self.norm, 1e-6)
         mixed = self.mixture(h)
-        h = grouped_gemm(silu_mul(h, mixed), self.int8[None], None, h.dtype)
+        h = grouped_gemm(mul(silu_mul(h, mixed), h), self.int8[None], None, h.dtype)
         h = h.clone()  # no kernel in a graph
         h = h + quantized(h, torch.int8).scales[:, None].to(h.dtype)
         logits = self.product(h, self.qkv, out_dtype=torch.float32)
