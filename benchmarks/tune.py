@@ -115,7 +115,7 @@ def tune_decoding(ring: bool, classes: list[str], deadline: float) -> Found:
         options = [
             RingTuning(rows, columns, warps, registers)
             for rows, columns, warps in product((16, 32, 64, 128), (32, 64, 128), (1, 2, 4))
-            for registers in (128, 168, 255)
+            for registers in (128, 255)
             if 8 <= rows * columns // (32 * warps) <= 128
         ]
     else:

@@ -39,19 +39,45 @@ def _ages(last, R: tl.constexpr, BLOCK_R: tl.constexpr):
 def _waiting(o_k, position, origin, done, R: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr):
     """n_k: how many of the tokens before `position` each row of the state has not folded."""
     young = tl.minimum(position - origin, R).to(tl.int32)
-    ahead = (position - done).to(tl.int32) + R - P
-    return tl.minimum(young, ahead + ((done % P).to(tl.int32) + P - 1 - o_k // ROWS) % P)
+    turn = (done % P).to(tl.int32)
+    latest = (position - done).to(tl.int32) + R - P + turn - 1
+    o_slice = o_k // ROWS
+    return tl.minimum(young, latest - o_slice + tl.where(o_slice < turn, 0, P))
+
+
+@jit
+def _add2(a, b, c, d):
+    return a + c, b + d
+
+
+@jit
+def _add4(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
+
+
+@jit
+def _sums(b_terms, N: tl.constexpr):
+    """Sums over rows of N tensors [K, V]: of 2 or 4 in one exchange between warps."""
+    if N == 2:
+        return tl.reduce(b_terms, 0, _add2)
+    elif N == 4:
+        return tl.reduce(b_terms, 0, _add4)
+    else:
+        b_sums = ()
+        for i in tl.static_range(N):
+            b_sums = b_sums + (tl.sum(b_terms[i], 0),)
+        return b_sums
 
 
 @jit
 def _fold(b_s, b_k, b_v, leave):
-    """A piece of the state [K, V] after keys [K, R] and decayed values [R, V] float32."""
-    if b_k.dtype == tl.bfloat16:  # two products take 16 bits of a value's 24, and all of a key's
-        b_high = b_v.to(tl.bfloat16)
-        b_low = (b_v - b_high.to(tl.float32)).to(tl.bfloat16)
-        b_update = tl.dot(b_k, b_low, tl.dot(b_k, b_high))
+    """A piece of the state [K, V] after decayed keys [K, R] float32 and values [R, V]."""
+    if b_v.dtype == tl.bfloat16:  # two products take 16 bits of a key's 24, and all of a value's
+        b_high = b_k.to(tl.bfloat16)
+        b_low = (b_k - b_high.to(tl.float32)).to(tl.bfloat16)
+        b_update = tl.dot(b_low, b_v, tl.dot(b_high, b_v))
     else:
-        b_update = tl.dot(b_k.to(tl.float32), b_v, input_precision="tf32x3")
+        b_update = tl.dot(b_k, b_v.to(tl.float32), input_precision="tf32x3")
     return b_s + (b_s * leave + b_update)
 
 
@@ -91,6 +117,7 @@ def _decode_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     PIECE: tl.constexpr,
+    STRIP: tl.constexpr,
     PARTS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
@@ -102,15 +129,14 @@ def _decode_kernel(
     i_h, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     i_n = tl.program_id(1).to(tl.int64)
     o_r, o_k, o_v = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-    o_piece, o_row = tl.arange(0, PIECE), tl.arange(0, BLOCK_ROWS)
-    p_o = o_ptr + (i_n * H + i_h) * DV + i_s * COLUMNS + o_v
+    o_piece, o_row, o_s = tl.arange(0, PIECE), tl.arange(0, BLOCK_ROWS), tl.arange(0, STRIP)
+    p_o = o_ptr + (i_n * H + i_h) * DV + i_s * COLUMNS
     slot = tl.load(slots_ptr + i_n).to(tl.int64)
     start = tl.load(starts_ptr + i_n)
     if slot < 0:
         for v in tl.static_range(0, COLUMNS, BLOCK_V):
-            tl.store(p_o + v, tl.zeros([BLOCK_V], o_ptr.dtype.element_ty))
+            tl.store(p_o + v + o_v, tl.zeros([BLOCK_V], o_ptr.dtype.element_ty))
         return
-    fresh = start == 0  # whatever the slot holds, its sequence begins
     p_q = q_ptr + i_n * q_row_stride + i_h * q_head_stride
     p_k = k_ptr + i_n * k_row_stride + i_h * k_head_stride
     p_v = v_ptr + i_n * v_row_stride + i_h * v_head_stride + i_s * COLUMNS
@@ -121,8 +147,16 @@ def _decode_kernel(
     o_parts = tl.arange(0, EACH) * 2
 
     slope = tl.load(slopes_ptr + i_h)
-    origin = tl.where(fresh, 0, tl.load(p_folded))
-    done = tl.where(fresh, 0, tl.load(p_folded + 1))
+    if start == 0:  # whatever the slot holds, its sequence begins
+        for v in tl.static_range(0, COLUMNS, BLOCK_V):
+            b_zeros = tl.zeros([PIECE, BLOCK_V], p_state.dtype.element_ty)
+            for k in tl.static_range(0, DK, PIECE):
+                tl.store(p_state + (k + o_piece)[:, None] * DV + v + o_v, b_zeros)
+        tl.store(p_folded + o_parts, tl.zeros([EACH], tl.int64))
+        tl.store(p_folded + 1 + o_parts, tl.zeros([EACH], tl.int64))
+        tl.debug_barrier()
+    origin = tl.load(p_folded)
+    done = tl.load(p_folded + 1)
     b_age = _ages(start, R, BLOCK_R)
     b_decay = tl.exp(-slope * b_age) * scale
     # a row out of date is read as the new token, without weight: what the ring holds there is not
@@ -131,53 +165,63 @@ def _decode_kernel(
     p_values = tl.where(m_r, p_ring_v + o_r * DV, p_v)[:, None]
     row = (start % R).to(tl.int32)
 
-    # every load is under way before the first sum across warps waits for any
-    b_p = tl.zeros([BLOCK_R], tl.float32)
-    for v in tl.static_range(0, COLUMNS, BLOCK_V):
-        b_sum = tl.zeros([PIECE, BLOCK_V], tl.float32)
+    # every load is under way before the first sum across warps waits for any, and what a row weighs
+    # is worked out once for all strips of its columns
+    b_weights = ()
+    for k in tl.static_range(0, DK, PIECE):
+        b_n = _waiting(k + o_piece, start + 1, origin, done, R, P, ROWS)
+        b_q = tl.load(p_q + k + o_piece).to(tl.float32) * (tl.exp(-slope * b_n) * scale)
+        b_weights = b_weights + (b_q,)
+    b_sums = ()
+    for s in tl.static_range(0, COLUMNS, STRIP):
+        b_sum = tl.zeros([PIECE, STRIP], tl.float32)
         for k in tl.static_range(0, DK, PIECE):
-            p_piece = p_state + (k + o_piece)[:, None] * DV + v + o_v
-            b_s = tl.load(p_piece, mask=start > 0, other=0.0).to(tl.float32)
-            b_n = _waiting(k + o_piece, start + 1, origin, done, R, P, ROWS)
-            b_q = tl.load(p_q + k + o_piece).to(tl.float32) * (tl.exp(-slope * b_n) * scale)
-            b_sum += b_q[:, None] * b_s
-        b_values = tl.load(p_values + v + o_v)  # [R, V]
-        if v == 0:
-            for k in tl.static_range(0, DK, BLOCK_K):
-                b_n = _waiting(k + o_k, start + 1, origin, done, R, P, ROWS)
-                b_keys = tl.load(p_keys[:, None] + k + o_k)  # [R, K]
-                b_query = tl.load(tl.broadcast_to((p_q + k + o_k)[None, :], [BLOCK_R, BLOCK_K]))
-                b_product = b_keys.to(tl.float32) * b_query.to(tl.float32)
-                b_p += tl.sum(tl.where(b_age[:, None] < b_n, b_product, 0.0), 1)
-                if i_s == 0:
-                    tl.store(p_ring_k + row * DK + k + o_k, tl.load(p_k + k + o_k))
-            b_p *= b_decay
+            b_piece = tl.load(p_state + (k + o_piece)[:, None] * DV + s + o_s)
+            b_sum += b_weights[k // PIECE][:, None] * b_piece.to(tl.float32)
+        b_sums = b_sums + (b_sum,)
+    b_values = ()
+    for s in tl.static_range(0, COLUMNS, STRIP):
+        b_values = b_values + (tl.load(p_values + s + o_s),)  # [R, STRIP]
+    b_p = tl.zeros([BLOCK_R], tl.float32)
+    for k in tl.static_range(0, DK, BLOCK_K):
+        b_n = _waiting(k + o_k, start + 1, origin, done, R, P, ROWS)
+        b_keys = tl.load(p_keys[:, None] + k + o_k)  # [R, K]
+        b_product = b_keys.to(tl.float32) * tl.load(p_q + k + o_k).to(tl.float32)
+        b_p += tl.sum(tl.where(b_age[:, None] < b_n, b_product, 0.0), 1)
+        if i_s == 0:
+            tl.store(p_ring_k + row * DK + k + o_k, tl.load(p_k + k + o_k))
+    b_p *= b_decay
+    b_terms = ()
+    for s in tl.static_range(0, COLUMNS, STRIP):
+        b_term = b_p[:, None] * b_values[s // STRIP].to(tl.float32)
+        if PIECE == BLOCK_R:  # rows of the ring count as rows of the state
+            b_term += b_sums[s // STRIP]
+        b_terms = b_terms + (b_term,)
+    b_os = _sums(b_terms, COLUMNS // STRIP)
+    for s in tl.static_range(0, COLUMNS, STRIP):
+        b_o = b_os[s // STRIP]
+        if PIECE != BLOCK_R:
+            b_o += tl.sum(b_sums[s // STRIP], 0)
+        tl.store(p_o + s + o_s, b_o.to(o_ptr.dtype.element_ty))
+    for v in tl.static_range(0, COLUMNS, BLOCK_V):
         tl.store(p_ring_v + row * DV + v + o_v, tl.load(p_v + v + o_v))
-        b_o = tl.sum(b_sum, 0) + tl.sum(b_p[:, None] * b_values.to(tl.float32), 0)
-        tl.store(p_o + v, b_o.to(o_ptr.dtype.element_ty))
 
-    if fresh:
-        for v in tl.static_range(0, COLUMNS, BLOCK_V):
-            b_zeros = tl.zeros([PIECE, BLOCK_V], p_state.dtype.element_ty)
-            for k in tl.static_range(0, DK, PIECE):
-                tl.store(p_state + (k + o_piece)[:, None] * DV + v + o_v, b_zeros)
     if start >= done:  # else this is a step once more, after drafts
-        tl.debug_barrier()  # the slice is read, and `folded`, by every thread; zeros are written
+        tl.debug_barrier()  # the slice is read, and `folded`, by every thread
         first = (start % P).to(tl.int32) * ROWS
         n = _waiting(first, start + 1, origin, done, R, P, ROWS)
         b_late = tl.where((b_age >= R - P) & (b_age < n), tl.exp(-slope * (b_age - (R - P))), 0.0)
         leave = expm1(-slope * tl.maximum(n - (R - P), 0))
         m_row = (o_row < ROWS) & (first + o_row < DK)
         b_k = tl.load(p_keys + (first + o_row)[:, None], mask=m_row[:, None], other=0.0)  # [K, R]
+        b_k = b_k.to(tl.float32) * b_late[None, :]
         for v in tl.static_range(0, COLUMNS, BLOCK_V):
-            b_v = tl.load(p_values + v + o_v).to(tl.float32) * b_late[:, None]
+            b_v = tl.load(p_values + v + o_v)
             p_s = p_state + (first + o_row)[:, None] * DV + v + o_v
             b_s = tl.load(p_s, mask=m_row[:, None], other=0.0).to(tl.float32)
             b_s = _fold(b_s, b_k, b_v, leave)
             tl.store(p_s, b_s.to(p_state.dtype.element_ty), mask=m_row[:, None])
         tl.store(p_folded + 1 + o_parts, tl.zeros([EACH], tl.int64) + (start + 1))
-        if fresh:
-            tl.store(p_folded + o_parts, tl.zeros([EACH], tl.int64))
 
 
 @jit(do_not_specialize_on_alignment=["slots_ptr", "starts_ptr", "ends_ptr"])
@@ -223,17 +267,16 @@ def _fold_kernel(
         slope = tl.load(slopes_ptr + i_h)
         b_age = _ages(start - 1, R, BLOCK_R)
         m_r = b_age < tl.minimum(start - origin, R)
-        b_decay = tl.exp(-slope * b_age)[:, None]
+        b_decay = tl.exp(-slope * b_age)
         for v in tl.static_range(0, DV, BLOCK_V):
-            b_v = tl.load(p_v + o_r[:, None] * DV + v + o_v, mask=m_r[:, None], other=0.0)
-            b_v = b_v.to(tl.float32) * b_decay  # [R, V]
+            b_v = tl.load(p_v + o_r[:, None] * DV + v + o_v, mask=m_r[:, None], other=0.0)  # [R, V]
             for k in range(0, DK, BLOCK_K):
                 b_n = _waiting(k + o_k, start, origin, done, R, P, ROWS)[:, None]
                 p_s = p_state + (k + o_k)[:, None] * DV + v + o_v
                 b_s = tl.load(p_s).to(tl.float32)  # [K, V]
                 m_k = m_r & (b_age < b_n)
                 b_k = tl.load(p_k + k + o_k[:, None] + o_r * DK, mask=m_k, other=0.0)  # [K, R]
-                b_s = _fold(b_s, b_k, b_v, expm1(-slope * b_n))
+                b_s = _fold(b_s, b_k.to(tl.float32) * b_decay, b_v, expm1(-slope * b_n))
                 tl.store(p_s, b_s.to(p_state.dtype.element_ty))
     tl.debug_barrier()  # `folded` is known to every thread
     end = tl.load(ends_ptr + i_n)
@@ -315,10 +358,11 @@ def _triton(
         DK=dk,
         DV=dv,
         BLOCK_R=max(next_power_of_2(R), 16),
+        PIECE=_divisor(dk, max(next_power_of_2(R), 16)),
         BLOCK_K=_divisor(dk, 128),
         BLOCK_V=_divisor(dv // SPLITS, 128),
         BLOCK_ROWS=max(next_power_of_2(slices["ROWS"]), 16),
-        PIECE=_divisor(dk, tuning.rows * max(tuning.columns * SPLITS // dv, 1)),
+        STRIP=_divisor(dv // SPLITS, tuning.strip),
         PARTS=PARTS,
         SPLITS=SPLITS,
         num_warps=tuning.warps,

@@ -52,10 +52,10 @@ class PrefillTuning:
 
 @dataclass(slots=True, frozen=True)
 class RingTuning:
-    """Rows and columns of the state read at a time, warps per program, registers per thread; more
-    rows where a small batch takes fewer columns."""
+    """Columns of a row read side by side, columns of a program, its warps, and registers per
+    thread."""
 
-    rows: int
+    strip: int
     columns: int
     warps: int
     registers: int
@@ -145,7 +145,7 @@ PREFILL = {
     (4, 256): PrefillTuning(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1), 1),
 }
 # by bytes of an element of the state
-RING = {4: RingTuning(32, 128, 4, 128), 2: RingTuning(16, 128, 2, 128)}
+RING = {4: RingTuning(64, 128, 4, 128), 2: RingTuning(64, 128, 4, 128)}
 DECODE = {4: DecodeTuning(4096, 4), 2: DecodeTuning(4096, 4)}
 SKINNY = (1, 16, 32, 64, 128, 256)  # up to so many rows a product may be skinny: a class each
 # by bytes of a head's row: they must fit where shared memory is small

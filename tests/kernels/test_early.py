@@ -158,7 +158,7 @@ class Step:
         q, k = (norm_rotary(x, self.cos, self.sin, self.head_norm, 1e-6) for x in (q, k))
         o = torch.empty_like(v)
         ring = self.slopes, 0.1, self.states, *self.rings, self.folded, *where, 1, o
-        lightning_ring._triton(q, k, v, *ring, RingTuning(32, 128, 4, 128))
+        lightning_ring._triton(q, k, v, *ring, RingTuning(64, 128, 4, 128))
         turned = torch.empty(N, H, 2 * D, dtype=o.dtype, device=DEVICE)
         lrpe._triton(o, self.theta, self.starts, turned)
         o = torch.empty_like(o)

@@ -125,7 +125,7 @@ def test_any_share_of_a_head_goes_on_from_any_other(device, monkeypatch, dv):
     rows = []
     for t in range(T):
         columns = (16, 64, 128)[t % 3]
-        tuning = RingTuning(16, columns, 2, 128)
+        tuning = RingTuning(32, columns, 2, 128)
         monkeypatch.setattr(lightning_ring, "ring_tuning", lambda *of, tuning=tuning: tuning)
         rows.append(on.decode(q[t, None], k[t, None], v[t, None], [0], [t], drafts=1))
         assert (on.folded[..., 0] == 0).all() and (on.folded[..., 1] == t + 1).all()
