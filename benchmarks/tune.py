@@ -113,10 +113,10 @@ def tune_decoding(ring: bool, classes: list[str], deadline: float) -> Found:
     options: list[Any]
     if ring:
         options = [
-            RingTuning(rows, columns, warps, registers)
-            for rows, columns, warps in product((16, 32, 64, 128), (32, 64, 128), (1, 2, 4))
-            for registers in (128, 255)
-            if 8 <= rows * columns // (32 * warps) <= 128
+            RingTuning(strip, columns, warps, registers)
+            for strip, columns in product((32, 64, 128), repeat=2)
+            for warps, registers in product((1, 2, 4), (96, 128, 168, 255))
+            if strip <= columns
         ]
     else:
         options = [DecodeTuning(*each) for each in product((2048, 4096, 8192, 16384), (2, 4, 8))]

@@ -17,7 +17,8 @@ for each of some parts of its columns, which are always alike, so that of a smal
 programs may share a head without a word between them. The specification is lightning_reference.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code=assignment
+# ruff: noqa: RUF005  (Triton has no starred tuples)
 from __future__ import annotations
 
 import torch
@@ -26,12 +27,15 @@ from kernels.language import early, expm1, jit, next_power_of_2, start_early, tl
 from kernels.packing import output
 from kernels.tuning import RingTuning, processors, ring_tuning
 
+MOST_REGISTERS = 255  # of a thread, where a program has a multiprocessor almost to itself
+
 
 @jit
 def _ages(last, R: tl.constexpr, BLOCK_R: tl.constexpr):
     """How many tokens each row of the ring lies behind the last one; R, too many, past its end."""
     o_r = tl.arange(0, BLOCK_R)
-    b_age = ((last % R).to(tl.int32) + R - o_r) % R
+    newest = (last % R).to(tl.int32)
+    b_age = newest - o_r + tl.where(o_r > newest, R, 0)
     return tl.where(o_r < R, b_age, R)
 
 
@@ -158,7 +162,7 @@ def _decode_kernel(
     origin = tl.load(p_folded)
     done = tl.load(p_folded + 1)
     b_age = _ages(start, R, BLOCK_R)
-    b_decay = tl.exp(-slope * b_age) * scale
+    b_decay = tl.exp(-slope * b_age)
     # a row out of date is read as the new token, without weight: what the ring holds there is not
     m_r = (b_age > 0) & (b_age < tl.minimum(start - origin + 1, R))
     p_keys = tl.where(m_r, p_ring_k + o_r * DK, p_k)
@@ -170,7 +174,7 @@ def _decode_kernel(
     b_weights = ()
     for k in tl.static_range(0, DK, PIECE):
         b_n = _waiting(k + o_piece, start + 1, origin, done, R, P, ROWS)
-        b_q = tl.load(p_q + k + o_piece).to(tl.float32) * (tl.exp(-slope * b_n) * scale)
+        b_q = tl.load(p_q + k + o_piece).to(tl.float32) * tl.exp(-slope * b_n)
         b_weights = b_weights + (b_q,)
     b_sums = ()
     for s in tl.static_range(0, COLUMNS, STRIP):
@@ -202,7 +206,7 @@ def _decode_kernel(
         b_o = b_os[s // STRIP]
         if PIECE != BLOCK_R:
             b_o += tl.sum(b_sums[s // STRIP], 0)
-        tl.store(p_o + s + o_s, b_o.to(o_ptr.dtype.element_ty))
+        tl.store(p_o + s + o_s, (b_o * scale).to(o_ptr.dtype.element_ty))
     for v in tl.static_range(0, COLUMNS, BLOCK_V):
         tl.store(p_ring_v + row * DV + v + o_v, tl.load(p_v + v + o_v))
 
@@ -330,6 +334,7 @@ def _triton(
     tuning = tuning or ring_tuning(q.device, states.element_size())
     PARTS = folded.shape[2]
     SPLITS = splits(PARTS, dv, tuning.columns, N * H, processors(q.device))
+    few = 2 * processors(q.device) >= N * H * SPLITS
     _decode_kernel[(H * SPLITS, N)](
         q,
         k,
@@ -366,7 +371,7 @@ def _triton(
         PARTS=PARTS,
         SPLITS=SPLITS,
         num_warps=tuning.warps,
-        maxnreg=tuning.registers,
+        maxnreg=MOST_REGISTERS if few else tuning.registers,
         **early(q.device),
     )
 
