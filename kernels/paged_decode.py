@@ -3,9 +3,10 @@
 Keys are split between programs (flash-decoding): a program takes one key-value head with its G
 heads and a span of the pages, and leaves an output and the logarithm of its weights' sum; a second
 kernel joins them. How many spans there are follows from how many keys the tables could name, so it
-is the same whenever a CUDA graph is replayed; how long they are from the position on the device. A
-span that begins past the end costs an idle program, a sequence in one span no joining. The token's
-own key and value come from registers: the first span writes them into their page, nobody waits.
+is the same whenever a CUDA graph is replayed; how long they are, and which there are, from the
+positions on the device: programs take those that there are by turns. A sequence in one span costs
+no joining. The token's own key and value come from registers: the first span writes them into their
+page, nobody waits.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -21,6 +22,8 @@ LEAST = 256  # keys of a span
 MOST = 16_384  # keys of a span that one program reads, even where there are others enough
 SCRATCH = 64_000_000  # bytes of what spans leave
 JOINED = 16  # spans at a time
+PROGRAMS = 16  # for each processor, at most
+SEQUENCES = (64, 512)  # up to so many in a launch: sizes that kernels are compiled for
 METADATA = ["tables_ptr", "slots_ptr", "starts_ptr"]  # aligned now and then
 
 
@@ -30,7 +33,26 @@ def _span(start, spans, KEYS: tl.constexpr, LEAST: tl.constexpr):
     return tl.maximum(tl.cdiv(tl.cdiv(start, spans), KEYS) * KEYS, LEAST)
 
 
-@jit(do_not_specialize=["tables_stride"], do_not_specialize_on_alignment=METADATA)
+@jit
+def _last_spans(
+    slots_ptr,
+    starts_ptr,
+    N,
+    spans,
+    KEYS: tl.constexpr,
+    LEAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """How many spans the sequences have up to each [N], one at least; padding has one."""
+    o_n = tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    b_start = tl.load(starts_ptr + o_n, mask=m_n, other=0).to(tl.int32)
+    b_real = tl.load(slots_ptr + o_n, mask=m_n, other=-1) >= 0
+    b_live = tl.cdiv(b_start, _span(b_start, spans, KEYS, LEAST))
+    return tl.cumsum(tl.where(m_n, tl.where(b_real, tl.maximum(b_live, 1), 1), 0))
+
+
+@jit(do_not_specialize=["N", "spans", "tables_stride"], do_not_specialize_on_alignment=METADATA)
 def _attend_kernel(
     q_ptr,
     k_ptr,
@@ -44,6 +66,8 @@ def _attend_kernel(
     slots_ptr,
     starts_ptr,
     tables_stride,
+    N,
+    spans,
     scale,
     q_row_stride,
     q_head_stride,
@@ -61,73 +85,80 @@ def _attend_kernel(
     KEYS: tl.constexpr,
     WITHIN: tl.constexpr,
     EARLY: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One span of one sequence, one key-value head. WITHIN: KEYS never cross a page."""
+    """Spans of sequences, one key-value head each, by turns. WITHIN: KEYS never cross a page."""
     start_early(EARLY)
-    i_h, i_n, i_s = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    spans = tl.num_programs(2)
-    slot = tl.load(slots_ptr + i_n)
-    start = tl.load(starts_ptr + i_n).to(tl.int32)
+    Hkv = H // G
     o_g = tl.arange(0, BLOCK_G)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     m_q = (o_g < G)[:, None] & m_d
-    o_h = i_h * G + o_g
-    p_o = o_ptr + (i_n * H + o_h[:, None]) * D + o_d
-    if slot < 0:
-        if i_s == 0:
+    b_last = _last_spans(slots_ptr, starts_ptr, N, spans, KEYS, LEAST, BLOCK_N)
+    for item in range(tl.program_id(0), tl.max(b_last) * Hkv, tl.num_programs(0)):
+        i_h, i_w = item % Hkv, item // Hkv
+        before = b_last <= i_w
+        i_n = tl.sum(before.to(tl.int32)).to(tl.int64)
+        i_s = i_w - tl.max(tl.where(before, b_last, 0))
+        slot = tl.load(slots_ptr + i_n)
+        start = tl.load(starts_ptr + i_n).to(tl.int32)
+        o_h = i_h * G + o_g
+        p_o = o_ptr + (i_n * H + o_h[:, None]) * D + o_d
+        if slot < 0:
             tl.store(p_o, tl.zeros((BLOCK_G, BLOCK_D), o_ptr.dtype.element_ty), mask=m_q)
-        return
-    span = _span(start, spans, KEYS, LEAST)
-    if (i_s > 0) & (i_s * span >= start):
-        return
-    end = tl.minimum(i_s * span + span, start)
-    p_q = q_ptr + i_n * q_row_stride + o_h[:, None] * q_head_stride + o_d
-    b_q = tl.load(p_q, mask=m_q, other=0.0)  # [G, D]
-    Hkv = H // G
-    p_table = tables_ptr + slot * tables_stride
-    p_k = pages_k_ptr + i_h * D + o_d
-    p_v = pages_v_ptr + i_h * D + o_d
-
-    b_max = tl.full((BLOCK_G,), -float("inf"), tl.float32)
-    b_sum = tl.zeros((BLOCK_G,), tl.float32)
-    b_o = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-    if i_s == 0:
-        b_own = tl.load(k_ptr + i_n * k_row_stride + i_h * k_head_stride + o_d, mask=m_d, other=0.0)
-        b_new = tl.load(v_ptr + i_n * v_row_stride + i_h * v_head_stride + o_d, mask=m_d, other=0.0)
-        page = tl.load(p_table + start // PAGE).to(tl.int64)
-        o_page = (start % PAGE) * Hkv * D
-        tl.store(p_k + page * pages_k_stride + o_page, b_own, mask=m_d)
-        tl.store(p_v + page * pages_v_stride + o_page, b_new, mask=m_d)
-        b_max = tl.sum(b_q.to(tl.float32) * b_own.to(tl.float32), 1) * (scale * 1.44269504)
-        b_sum += 1.0
-        b_o += b_new.to(tl.float32)
-    for u in tl.range(i_s * span, end, KEYS, num_stages=STAGES):
-        o_u = u + tl.arange(0, KEYS)
-        m_u = o_u < end
-        if WITHIN:
-            page = tl.load(p_table + u // PAGE).to(tl.int64)
-            o_page = (u % PAGE + tl.arange(0, KEYS))[:, None] * Hkv * D
         else:
-            page = tl.load(p_table + o_u // PAGE, mask=m_u, other=0).to(tl.int64)[:, None]
-            o_page = (o_u % PAGE)[:, None] * Hkv * D
-        m_kv = m_u[:, None] & m_d
-        b_k = tl.load(p_k + page * pages_k_stride + o_page, mask=m_kv, other=0.0)  # [KEYS, D]
-        b_v = tl.load(p_v + page * pages_v_stride + o_page, mask=m_kv, other=0.0)  # [KEYS, D]
-        b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * 1.44269504)
-        b_scores = tl.where(m_u[None, :], b_scores, -float("inf"))  # [G, KEYS]
-        b_max, b_sum, b_o = softmax_step(b_scores, b_v, b_max, b_sum, b_o, PRECISION)
-    b_o /= b_sum[:, None]
-    if span >= start:
-        tl.store(p_o, b_o.to(o_ptr.dtype.element_ty), mask=m_q)
-    else:
-        o_part = (i_s * tl.num_programs(1) + i_n) * H + o_h
-        tl.store(parts_ptr + o_part[:, None] * D + o_d, b_o, mask=m_q)
-        tl.store(lses_ptr + o_part, b_max + tl.log2(b_sum), mask=o_g < G)
+            span = _span(start, spans, KEYS, LEAST)
+            end = tl.minimum(i_s * span + span, start)
+            p_q = q_ptr + i_n * q_row_stride + o_h[:, None] * q_head_stride + o_d
+            b_q = tl.load(p_q, mask=m_q, other=0.0)  # [G, D]
+            p_table = tables_ptr + slot * tables_stride
+            p_k = pages_k_ptr + i_h * D + o_d
+            p_v = pages_v_ptr + i_h * D + o_d
+
+            b_max = tl.full((BLOCK_G,), -float("inf"), tl.float32)
+            b_sum = tl.zeros((BLOCK_G,), tl.float32)
+            b_o = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+            if i_s == 0:
+                p_own = k_ptr + i_n * k_row_stride + i_h * k_head_stride + o_d
+                p_new = v_ptr + i_n * v_row_stride + i_h * v_head_stride + o_d
+                b_own = tl.load(p_own, mask=m_d, other=0.0)
+                b_new = tl.load(p_new, mask=m_d, other=0.0)
+                page = tl.load(p_table + start // PAGE).to(tl.int64)
+                o_page = (start % PAGE) * Hkv * D
+                tl.store(p_k + page * pages_k_stride + o_page, b_own, mask=m_d)
+                tl.store(p_v + page * pages_v_stride + o_page, b_new, mask=m_d)
+                b_max = tl.sum(b_q.to(tl.float32) * b_own.to(tl.float32), 1) * (scale * 1.44269504)
+                b_sum += 1.0
+                b_o += b_new.to(tl.float32)
+            for u in tl.range(i_s * span, end, KEYS, num_stages=STAGES):
+                o_u = u + tl.arange(0, KEYS)
+                m_u = o_u < end
+                if WITHIN:
+                    page = tl.load(p_table + u // PAGE).to(tl.int64)
+                    o_page = (u % PAGE + tl.arange(0, KEYS))[:, None] * Hkv * D
+                else:
+                    page = tl.load(p_table + o_u // PAGE, mask=m_u, other=0).to(tl.int64)[:, None]
+                    o_page = (o_u % PAGE)[:, None] * Hkv * D
+                m_kv = m_u[:, None] & m_d
+                p_u = page * pages_k_stride + o_page
+                b_k = tl.load(p_k + p_u, mask=m_kv, other=0.0)  # [KEYS, D]
+                p_u = page * pages_v_stride + o_page
+                b_v = tl.load(p_v + p_u, mask=m_kv, other=0.0)  # [KEYS, D]
+                b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+                b_scores *= scale * 1.44269504
+                b_scores = tl.where(m_u[None, :], b_scores, -float("inf"))  # [G, KEYS]
+                b_max, b_sum, b_o = softmax_step(b_scores, b_v, b_max, b_sum, b_o, PRECISION)
+            b_o /= b_sum[:, None]
+            if span >= start:
+                tl.store(p_o, b_o.to(o_ptr.dtype.element_ty), mask=m_q)
+            else:
+                o_part = (i_s * N + i_n) * H + o_h
+                tl.store(parts_ptr + o_part[:, None] * D + o_d, b_o, mask=m_q)
+                tl.store(lses_ptr + o_part, b_max + tl.log2(b_sum), mask=o_g < G)
 
 
 @jit(do_not_specialize=["spans"], do_not_specialize_on_alignment=METADATA)
@@ -196,6 +227,14 @@ def decode(
 ) -> None:
     """q [N, H, d], k, v [N, Hkv, d] of N sequences -> o; k and v enter the pages."""
     N, H, D = q.shape
+    most = SEQUENCES[-1]
+    if most < N:
+        for first in range(0, N, most):
+            q_i, k_i, v_i, slots_i, starts_i, o_i = (
+                x[first : min(first + most, N)] for x in (q, k, v, slots, starts, o)
+            )
+            decode(q_i, k_i, v_i, pages_k, pages_v, tables, slots_i, starts_i, scale, o_i, tuning)
+        return
     _, PAGE, Hkv, _ = pages_k.shape
     BLOCK_D = max(next_power_of_2(D), 16)
     tuning = tuning or keys_tuning(q.device, q.dtype.itemsize, BLOCK_D)
@@ -203,7 +242,7 @@ def decode(
     S = spans(N, Hkv, 4 * H * D, tables.shape[1] * PAGE, programs)
     parts = torch.empty(S if S > 1 else 0, N, H, D, dtype=torch.float32, device=q.device)
     lses = torch.empty(parts.shape[:3], dtype=torch.float32, device=q.device)
-    _attend_kernel[(Hkv, N, S)](
+    _attend_kernel[(min(N * Hkv * S, processors(q.device) * PROGRAMS),)](
         q,
         k,
         v,
@@ -216,6 +255,8 @@ def decode(
         slots,
         starts,
         tables.stride(0),
+        N,
+        S,
         float(scale),
         q.stride(0),
         q.stride(1),
@@ -232,6 +273,7 @@ def decode(
         LEAST=LEAST,
         KEYS=tuning.keys,
         WITHIN=PAGE % tuning.keys == 0,
+        BLOCK_N=next(size for size in SEQUENCES if size >= N),
         BLOCK_G=max(next_power_of_2(H // Hkv), 16),
         BLOCK_D=BLOCK_D,
         PRECISION=dot_precision(q.dtype),

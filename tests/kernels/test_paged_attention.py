@@ -96,6 +96,12 @@ def test_keys_in_pieces(device, page, G, monkeypatch):
     check(steps, page, H=2 * G, Hkv=2, d=64, dtype=dtype, device=device)
 
 
+def test_more_single_tokens_than_a_launch_takes(device, monkeypatch):
+    monkeypatch.setattr(paged_decode, "SEQUENCES", (1, 2))
+    steps = [[90, 5, 63, 1], [1, 1, 1, 1], [1, 0, 1, 1]]
+    check(steps, 64, H=4, Hkv=2, d=64, dtype=torch.float32, device=device)
+
+
 def test_pieces_cover_every_tile_once():
     packing = pack([1, 300, 2, 781], [0, 1, 2, 3], [9, 20_000, 131_072, 0])
     for programs in (1, 16, 4096):
