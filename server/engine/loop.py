@@ -100,6 +100,7 @@ class Loop:
         self._memory = (0, 0, 0)  # held, free, in all
         self._under_way: tuple[Work, Any] | None = None  # launched, and not collected
         self._stuck = False  # the last turn found nothing to compute or to collect
+        self._checked = False  # the books are as they were when they were looked through
         self._measured = -MEMORY_SECONDS
 
     def run(self, wanted: Callable[[], bool]) -> None:
@@ -112,16 +113,21 @@ class Loop:
             self.turn(IDLE_SECONDS)
 
     def turn(self, idle_seconds: float = 0.0) -> None:
-        """Read the inbox, waiting only when idle; compute one step; publish what it brought."""
+        """Read the inbox, waiting only when idle; compute one step; publish what it brought.
+
+        To look through the books takes milliseconds where there are many blocks: it is done once
+        nothing is left to do and nobody has asked, so that no request waits for it.
+        """
         outputs: list[Output] = []
-        patience = self._patience(idle_seconds)
+        due, expecting = self._due, self._expecting
+        patience = 0.0 if due else FILE_SECONDS if expecting else idle_seconds
         if patience:
             self._collected = None
         messages = self.line.receive(patience)
         for data in messages:
             outputs += self._read(data)
         states = self.scheduler.states
-        if states is not None and not messages and self.scheduler.idle and not states.expecting:
+        if states is not None and not messages and self.scheduler.idle and not self._expecting:
             states.rest()
         work = self.scheduler.schedule(self.clock())
         if work.copies:
@@ -137,15 +143,22 @@ class Loop:
                 self.line.send(news)
         if outputs:
             self.line.send(Step(outputs=outputs, stats=self.stats(work.tokens)))
-        if self.scheduler.idle:
+        if due or expecting or messages or not self.scheduler.idle:
+            self._checked = False
+        elif not self._checked:
             self.scheduler.check_integrity()
+            self._checked = True
 
-    def _patience(self, idle_seconds: float) -> float:
-        """How long to wait for messages: not at all while there is something to compute."""
-        if self._under_way or self.scheduler.pressing or not (self.scheduler.idle or self._stuck):
-            return 0.0
-        states = self.scheduler.states
-        return FILE_SECONDS if states is not None and states.expecting else idle_seconds
+    @property
+    def _due(self) -> bool:
+        """Whether there is something to compute, to collect or to copy."""
+        unfinished = not (self.scheduler.idle or self._stuck)
+        return unfinished or self.scheduler.pressing or self._under_way is not None
+
+    @property
+    def _expecting(self) -> bool:
+        """Whether files are being read or written."""
+        return self.scheduler.states is not None and self.scheduler.states.expecting
 
     def stats(self, step_tokens: int = 0) -> Stats:
         """The gauges now; device memory is measured twice a second."""

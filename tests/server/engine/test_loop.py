@@ -64,6 +64,7 @@ def run(loop: Loop, *, limit: int = 1000) -> None:
         loop.turn()
         limit -= 1
         assert limit
+    loop.scheduler.check_integrity()
 
 
 def test_a_turn_reads_computes_and_publishes_one_message():
@@ -98,6 +99,44 @@ def test_it_waits_for_messages_only_when_idle():
         loop.turn(0.5)
     assert post.waits == [0.5, 0.5, 0.0, 0.0, 0.5, 0.5]
     assert len(post.sent) == 3  # nothing is said without news
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_no_request_waits_until_the_books_are_looked_through(
+    overlap: bool, monkeypatch: pytest.MonkeyPatch
+):
+    loop, post = machine(overlap=overlap)
+    looked: list[str] = []
+    check = loop.scheduler.check_integrity
+
+    def noted() -> None:
+        looked.append(post.sent[-1].outputs[0].id)
+        check()
+
+    monkeypatch.setattr(loop.scheduler, "check_integrity", noted)
+    for id in ("a", "bb"):
+        post.put(generate(id, 5, 2))
+        while not post.outputs(id) or post.outputs(id)[-1].finish is None:
+            loop.turn()
+    assert not looked  # the second was there when the first had ended
+    for _ in range(3):
+        loop.turn()
+    assert looked == ["bb"]  # once: nothing has changed since
+    post.put(generate("ccc", 5, 2))
+    for _ in range(5):
+        loop.turn()
+    assert looked == ["bb", "ccc"]
+
+
+def test_wrong_books_end_an_engine_that_rests():
+    loop, post = machine()
+    post.put(generate("a", 5, 2))
+    loop.turn()
+    loop.scheduler.holdings.slots.take("nobody")
+    loop.turn()
+    assert post.result("a") == alone(generate("a", 5, 2))
+    with pytest.raises(AssertionError, match="a slot per running request"):
+        loop.turn()
 
 
 def test_a_step_out_of_device_memory_ends_its_requests_alone():
