@@ -87,7 +87,7 @@ def test_running_out_of_memory_is_told_and_survived(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner.model, "forward", fail)
+        patch.setattr(runner.model, "finish", fail)
         with pytest.raises(OutOfDeviceMemory, match="CUDA out of memory"):
             runner.step([chunk])
     assert runner.step([chunk]) == before
