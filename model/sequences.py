@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from model.chunk import PENDING, Chunk
+from kernels.latest import remember, resolved
+from model.chunk import Chunk
 from model.transfer import upload
 
 
@@ -52,11 +53,11 @@ class Sequences:
 
     def ids(self, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """ids [N], those that are PENDING replaced by what the slots of rows [N] drew last."""
-        return torch.where(ids == PENDING, self._latest[rows], ids)
+        return resolved(ids, rows, self._latest)
 
     def drawn(self, rows: torch.Tensor, ids: torch.Tensor) -> None:
         """Remember what the slots of rows [N] drew."""
-        self._latest.index_copy_(0, rows, ids.clamp(min=0))
+        remember(ids, rows, self._latest)
 
     @staticmethod
     def rows(slots: torch.Tensor) -> torch.Tensor:
