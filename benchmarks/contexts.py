@@ -7,21 +7,31 @@ weights, made on the device, and a token a byte. A time is from sending a reques
 answer of one token, the median of several. Before those of the host other prompts take every slot,
 before those of the disk all of the host's memory too, and the system forgets what it has read of
 the file; before those of the device one other prompt wakes what has slept.
-/metrics must say that the state was taken from the tier that is named. What caching costs is
-measured by turns on two servers, with prompts that are never asked again, until the memory of the
-host has been full once: shares are medians over the turns.
+/metrics must say that the state was taken from the tier that is named.
+
+What caching costs is measured on pairs of servers, with and without, by prompts that are never
+asked again, once the memory of the host has been full. In a round of decoding both have the same
+load, of streams that are busy from the beginning to the end, by turns: see benchmarks.turns. Long
+prompts are read one after another, and one in three is held against the mean of those around it.
+A share is the mean over the pairs of the median over rounds. Its standard error is that of a median
+of all rounds or, where that is more, of a mean over the pairs: servers that are alike differ too,
+by some percent, by where their memory happens to lie.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
+import math
 import os
 import random
+import signal
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,8 +39,10 @@ from typing import Any
 
 import httpx
 
+from benchmarks.load import Clients, Load
 from benchmarks.result import Row, write
-from benchmarks.served import checkpoint, served
+from benchmarks.served import checkpoint, launched
+from benchmarks.turns import play
 from model.config import Fields
 from model.plan import footprint
 from server.engine.archive import TEMPORARY
@@ -44,8 +56,10 @@ SLOTS = 4
 ROOM = 16  # states that the host holds beside the slots, at least
 SAMPLES = 7
 DECODERS = 32
-DECODED = (128, 384)  # tokens of each, of lengths in between: they end one by one, as chats do
-TURNS = 3
+DECODED, SPREAD = 256, 128  # tokens of a request, and how many more or fewer some have
+REQUESTS = 2  # of each stream in a round, an even number: see Load
+PAIRS = 2  # of servers with and without caching
+ROUNDS = 4  # of decoding by each pair; half as many of reading
 
 BEGIN = time.monotonic()
 
@@ -60,9 +74,10 @@ def text(length: int, seed: int) -> str:
 
 
 class Server:
-    """A server that is up, and how its clients ask it."""
+    """A server that is up, and how its clients ask it. `group` is that of its processes."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, group: int | None = None) -> None:
+        self.url, self.group = url, group
         self.http = httpx.Client(base_url=url, timeout=600, limits=httpx.Limits(max_connections=64))
         self._seed = 0
 
@@ -96,23 +111,12 @@ class Server:
             list(pool.map(lambda seed: self.first_token(prompt=text(100, 10_000 + seed)), seeds))
         self._seed += count
 
-    def decode(self, count: int, seed: int) -> float:
-        """Tokens a second over so many requests, DECODERS at a time."""
-
-        lengths = random.Random(seed)
-        wanted = [lengths.randint(*DECODED) for _ in range(count)]
-
-        def one(number: int) -> int:
-            answer = self.post(
-                "/v1/completions", prompt=text(100, 1_000_000 * seed + number),
-                max_tokens=wanted[number], ignore_eos=True, temperature=0,
-            )  # fmt: skip
-            return int(answer["usage"]["completion_tokens"])
-
-        with ThreadPoolExecutor(DECODERS) as pool:
-            begin = time.perf_counter()
-            tokens = sum(pool.map(one, range(count)))
-            return tokens / (time.perf_counter() - begin)
+    def read(self, tokens: int, seed: int) -> float:
+        """Tokens a second of a prompt that was never asked."""
+        taken, cached = self.first_token(prompt=text(tokens, 1_000_000 + seed))
+        if cached:
+            raise RuntimeError(f"{cached} tokens were cached, none is due")
+        return 1000 * tokens / taken
 
 
 def rested(directory: Path) -> None:
@@ -197,48 +201,87 @@ def tiers(server: Server, tokens: int, directory: Path, *, beyond: int) -> list[
     ]
 
 
-def costs(on: Server, off: Server, tokens: int) -> list[Row]:
-    """Decoding and reading with caching on and never hit, against caching off."""
-    for server in (on, off):
-        server.decode(4 * DECODERS, 1)
-        server.first_token(prompt=text(tokens, 2))
-    say("warm")
-    shares: dict[str, list[float]] = {"decode": [], "prefill": []}
-    for turn in range(TURNS):
-        decoding, reading = {}, {}
-        for server in (on, off) if turn % 2 else (off, on):
-            decoding[server] = server.decode(4 * DECODERS, 2 + turn)
-            taken, cached = server.first_token(prompt=text(tokens, 100 + turn))
-            reading[server] = 1000 * tokens / taken
-            if cached:
-                raise RuntimeError(f"{cached} tokens were cached, none is due")
-        shares["decode"].append(decoding[on] / decoding[off])
-        shares["prefill"].append(reading[on] / reading[off])
-        say(
-            f"decode {decoding[on]:,.0f} against {decoding[off]:,.0f} tokens/s, "
-            f"prefill {reading[on]:,.0f} against {reading[off]:,.0f}"
-        )
-    works = {
-        "decode": f"decode, {DECODERS} concurrent x {DECODED[0]} to {DECODED[1]} tokens",
-        "prefill": f"prefill of {tokens:,} tokens",
-    }
+def decoded(pairs: Sequence[tuple[Server, Server]], rounds: int) -> list[list[float]]:
+    """Of each pair and round, how fast the one server decodes over the other. Two rounds of each
+    pair before them warm up."""
+    shares: list[list[float]] = [[] for _ in pairs]
+    with Clients(1) as one, Clients(1) as another:
+        for number in range((2 + rounds) * len(pairs)):
+            turn, pair = divmod(number, len(pairs))
+            on, off = pairs[pair]
+            order = (on, off) if turn % 2 else (off, on)
+            loads = [
+                Load(
+                    url=server.url, streams=DECODERS, requests=REQUESTS, prompt=100,
+                    tokens=DECODED, spread=SPREAD, vocab=256, seed=number, whole=True,
+                )
+                for server in order
+            ]  # fmt: skip
+            groups = [server.group for server in order if server.group is not None]
+            rates = dict(zip(order, play(groups, (one, another), loads), strict=True))
+            shares[pair].append(share(rates[on], rates[off]))
+    return [of_pair[2:] for of_pair in shares]
+
+
+def read(pairs: Sequence[tuple[Server, Server]], tokens: int, rounds: int) -> list[list[float]]:
+    """Of each pair and round of three prompts, how fast the one server reads over the other. A
+    round of each pair before them warms up."""
+    shares: list[list[float]] = [[] for _ in pairs]
+    seeds = itertools.count()
+    for (on, off), of_pair in zip(pairs, shares, strict=True):
+        servers = itertools.cycle((off, on))
+        for number in range(1 + rounds):
+            before, between, after = (next(servers).read(tokens, next(seeds)) for _ in range(3))
+            around = (before + after) / 2
+            of_pair.append(share(around, between) if number % 2 else share(between, around))
+    return [of_pair[1:] for of_pair in shares]
+
+
+def share(on: float, off: float) -> float:
+    """One rate over the other."""
+    say(f"{on:,.0f} against {off:,.0f} tokens/s: {on / off:.4f}")
+    return on / off
+
+
+def rows_of(work: str, shares: list[list[float]]) -> list[Row]:
+    """What the rounds of each pair come to, and how far that may be wrong."""
+    medians = [statistics.median(of_pair) for of_pair in shares]
+    wrong = error(list(itertools.chain(*shares)))
+    if len(medians) > 1:
+        wrong = max(wrong, statistics.stdev(medians) / math.sqrt(len(medians)))
+    work += ", caching on and never hit, over off"
+    value = statistics.mean(medians)
     return [
-        Row(
-            work=f"{work}, caching on and never hit, over off",
-            value=statistics.median(shares[name]),
-            unit="x",
-            better="higher",
-            goal=0.98,
-        )
-        for name, work in works.items()
+        Row(work=work, value=value, unit="x", better="higher", goal=0.98),
+        Row(work=f"{work}: standard error", value=wrong, unit="x", better="lower"),
     ]
+
+
+def error(values: list[float]) -> float:
+    """The standard error of their median, were they normal: the middle half is 1.35 standard
+    deviations wide then, and a median errs 1.25 times as much as a mean."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return 1.25 * (high - low) / 1.35 / math.sqrt(len(values))
+
+
+def costs(pairs: Sequence[tuple[Server, Server]], tokens: int, rounds: int) -> list[Row]:
+    """Decoding and reading with caching on and never hit, against caching off; so many rounds of
+    each pair, half as many of reading."""
+    least, most = DECODED - SPREAD, DECODED + SPREAD
+    work = f"decode, {DECODERS} concurrent x {least} to {most} tokens"
+    rows = rows_of(work, decoded(pairs, rounds))
+    rows += rows_of(f"prefill of {tokens:,} tokens", read(pairs, tokens, -(-rounds // 2)))
+    for on, _ in pairs:
+        if any(on.hits().values()):
+            raise RuntimeError(f"states were found, none is due: {on.hits()}")
+    return rows
 
 
 def started(stacks: list[ExitStack], settings: list[Settings]) -> list[Server]:
     """Servers of these settings, started together; each ends with its stack."""
 
     def start(stack: ExitStack, one: Settings) -> Server:
-        return Server(stack.enter_context(served(one)))
+        return Server(*stack.enter_context(launched(one, apart=True)))
 
     with ThreadPoolExecutor(len(settings)) as pool:
         return list(pool.map(start, stacks, settings))
@@ -253,7 +296,10 @@ def main() -> None:
     add("--model", default="recall")
     add("--shape", choices=sorted(path.name for path in SHAPES.iterdir()), help="random weights")
     add("--tokens", type=int, default=1_000_000 if cuda else 20_000, help="of the context")
+    add("--pairs", type=int, default=PAIRS, help="of servers with and without caching")
+    add("--rounds", type=int, default=ROUNDS, help="of each pair, at least 3")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # and the servers end as well
     model = str(SHAPES / options.shape) if options.shape else options.model
     name, tokens = options.shape or options.model, options.tokens
     with ExitStack() as stack:
@@ -266,20 +312,18 @@ def main() -> None:
         def settings(**fields: Any) -> Settings:
             return Settings(**usual.model_dump() | {"port": 0, "log_level": "warning"} | fields)
 
-        stacks = [stack.enter_context(ExitStack()) for _ in range(3)]
-        with_files, on, off = started(
-            stacks,
-            [
-                settings(max_running=SLOTS, context_directory=directory, host_cache_gb=room / 1e9),
-                settings(max_running=DECODERS, host_cache_gb=4 * DECODERS * slot / 1e9),
-                settings(max_running=DECODERS, prefix_caching=False),
-            ],
-        )
+        files = settings(max_running=SLOTS, context_directory=directory, host_cache_gb=room / 1e9)
+        on = settings(max_running=DECODERS, host_cache_gb=4 * DECODERS * slot / 1e9)
+        off = settings(max_running=DECODERS, prefix_caching=False)
+        all_of_them = [files, *[on, off] * options.pairs]
+        stacks = [stack.enter_context(ExitStack()) for _ in all_of_them]
+        with_files, *others = started(stacks, all_of_them)
+        pairs = list(zip(others[::2], others[1::2], strict=True))
         say("servers are up")
         rows = tiers(with_files, tokens, directory, beyond=-(-room // slot) + 2 * SLOTS)
         stacks[0].close()
         write("contexts", rows, model=name, missing=["what caching costs"])
-        rows += costs(on, off, max(1000, tokens // 4))
+        rows += costs(pairs, max(1000, tokens // 4), options.rounds)
     say("done")
     write("contexts", rows, model=name)
 

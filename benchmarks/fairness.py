@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 import httpx
 import numpy
 
-from benchmarks.load import Stream, allow_files, streamed
+from benchmarks.load import Stream, allow_files, completion
 from benchmarks.result import Row, write
 from benchmarks.served import checkpoint, served
 from server.settings import Settings
@@ -87,7 +87,7 @@ async def watch(url: str, options: argparse.Namespace, vocab: int) -> Trace:
     budget: list[tuple[float, int]] = []
 
     def request(prompt: int, tokens: int) -> bytes:
-        return streamed(parts.netloc, rng, prompt, tokens, vocab)
+        return completion(parts.netloc, rng, prompt, tokens, vocab)
 
     async def send(data: bytes) -> tuple[Stream, asyncio.Future[None]]:
         _, stream = await loop.create_connection(Stream, parts.hostname, parts.port)

@@ -3,9 +3,9 @@
     python -m benchmarks.load     one process of clients
 
 It reads a load, a line of JSON, prepares its requests and says that it is ready. All begin together
-at the time that it reads then, and a line of JSON tells what happened. In a closed loop each of
-`streams` sends its next request when its last one has ended; in an open one requests come when they
-are due, whatever became of those before. Times are time.monotonic().
+at the time that it reads then, and a line of JSON tells what happened; then it reads the next load.
+In a closed loop each of `streams` sends its next request when its last one has ended; in an open
+one requests come when they are due, whatever became of those before. Times are time.monotonic().
 """
 
 from __future__ import annotations
@@ -14,24 +14,30 @@ import asyncio
 import gc
 import json
 import random
+import re
 import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import uvloop
 
 STARTING_SECONDS = 0.1  # for all processes to hear when they begin
 READY = "ready"
+LENGTH = re.compile(rb"content-length: *(\d+).*?\r\n\r\n", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass(slots=True, kw_only=True)
 class Load:
     """What one process of clients sends. `dues`: when requests come in an open loop, in seconds
-    after the beginning; empty: a closed loop."""
+    after the beginning; empty: a closed loop. With a `spread` a stream's requests have in turn more
+    and fewer tokens, by up to so many, each stream by another number: they end one by one, and
+    after an even number of requests all streams end together. `whole`: answers are not streamed.
+    """
 
     url: str
     streams: int
@@ -41,11 +47,14 @@ class Load:
     vocab: int
     seed: int = 0
     dues: list[float] = field(default_factory=list)
+    spread: int = 0
+    whole: bool = False
 
 
 @dataclass(slots=True)
 class Reply:
-    """When a request was due and sent, when each of its frames came, how many bytes it had."""
+    """When a request was due and sent, when each of its frames came, how many bytes it had. An
+    answer in one piece is one frame."""
 
     due: float
     sent: float
@@ -61,6 +70,7 @@ class Stream(asyncio.Protocol):
         self.reply: Reply | None = None
         self.done: asyncio.Future[None] | None = None
         self._tail = b""
+        self._whole = 0  # bytes of an answer that says how long it is
         self._transport: asyncio.Transport
 
     def connection_made(self, transport: Any) -> None:
@@ -83,10 +93,18 @@ class Stream(asyncio.Protocol):
         reply = self.reply
         if reply is None:
             return
-        if not reply.size and not data.startswith(b"HTTP/1.1 200"):
-            self._end(data[:2000].decode(errors="replace"))
-            return
+        if not reply.size:
+            if not data.startswith(b"HTTP/1.1 200"):
+                self._end(data[:2000].decode(errors="replace"))
+                return
+            head = LENGTH.search(data)
+            self._whole = head.end() + int(head[1]) if head else 0
         reply.size += len(data)
+        if self._whole:
+            if reply.size >= self._whole:
+                reply.frames.append(time.monotonic())
+                self._end("")
+            return
         frames = data.count(b"data: {")
         if frames:
             reply.frames += [time.monotonic()] * frames
@@ -110,15 +128,24 @@ def drawn(rng: random.Random, count: int, vocab: int) -> list[int]:
     return [rng.randrange(low, high) for _ in range(count)]
 
 
-def streamed(host: str, rng: random.Random, prompt: int, tokens: int, vocab: int) -> bytes:
-    """A request for so many tokens behind a prompt of drawn ids, as it is sent."""
+def lengths(load: Load, stream: int) -> list[int]:
+    """Tokens of each request of a stream of a closed loop."""
+    more = round(load.spread * (2 * stream / max(1, load.streams - 1) - 1))
+    return [load.tokens + (-more if number % 2 else more) for number in range(load.requests)]
+
+
+def completion(
+    host: str, rng: random.Random, prompt: int, tokens: int, vocab: int, *, whole: bool = False
+) -> bytes:
+    """A request for so many tokens behind a prompt of drawn ids, as it is sent; the answer comes
+    streamed, or whole."""
     body = {
         "prompt": drawn(rng, prompt, vocab),
         "max_tokens": tokens,
         "ignore_eos": True,
         "temperature": 1.0,
         "seed": rng.randrange(2**31),
-        "stream": True,
+        "stream": not whole,
     }
     data = json.dumps(body).encode()
     head = (
@@ -135,9 +162,11 @@ async def play(load: Load) -> list[Reply]:
     loop = asyncio.get_running_loop()
     replies: list[Reply] = []
 
-    def requests(count: int) -> list[bytes]:
-        ask = (parts.netloc, rng, load.prompt, load.tokens, load.vocab)
-        return [streamed(*ask) for _ in range(count)]
+    def requests(counts: Iterable[int]) -> list[bytes]:
+        return [
+            completion(parts.netloc, rng, load.prompt, tokens, load.vocab, whole=load.whole)
+            for tokens in counts
+        ]
 
     async def connect() -> Stream:
         _, stream = await loop.create_connection(Stream, parts.hostname, parts.port)
@@ -161,12 +190,12 @@ async def play(load: Load) -> list[Reply]:
         stream.close()  # else there are as many as there were requests
 
     if load.dues:
-        datas = requests(len(load.dues))
+        datas = requests([load.tokens] * len(load.dues))
         begin = await asyncio.to_thread(_agreed)
         dues = (begin + due for due in load.dues)
         await asyncio.gather(*map(opened, datas, dues))
     else:
-        works = [(await connect(), requests(load.requests)) for _ in range(load.streams)]
+        works = [(await connect(), requests(lengths(load, n))) for n in range(load.streams)]
         begin = await asyncio.to_thread(_agreed)
         await asyncio.gather(*(closed(*work, begin) for work in works))
     return replies
@@ -180,44 +209,71 @@ def _agreed() -> float:
     return float(sys.stdin.readline())
 
 
+class Clients:
+    """Processes of clients that play one load after another, shared among them."""
+
+    def __init__(self, processes: int) -> None:
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.load"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )
+            for _ in range(processes)
+        ]  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.close()  # nothing more is asked: it ends
+            process.stdout.close()
+            process.wait()
+
+    def run(self, load: Load) -> list[Reply]:
+        """All that came of a load. RuntimeError: a request failed."""
+        count, playing = len(self._processes), []
+        for number, process in enumerate(self._processes):
+            share = asdict(load) | {
+                "streams": len(range(number, load.streams, count)),
+                "dues": load.dues[number::count],
+                "seed": load.seed * 1000 + number,
+            }
+            if share["dues"] or (share["streams"] and not load.dues):
+                _tell(process, json.dumps(share))
+                playing.append(process)
+        for process in playing:
+            if _heard(process).strip() != READY:
+                raise RuntimeError("a client did not get ready")
+        begin = time.monotonic() + STARTING_SECONDS
+        for process in playing:
+            _tell(process, str(begin))
+        replies = [Reply(**reply) for process in playing for reply in json.loads(_heard(process))]
+        errors = [reply.error for reply in replies if reply.error]
+        if errors:
+            raise RuntimeError(f"{len(errors)} of {len(replies)} requests failed: {errors[0]}")
+        return replies
+
+
+def _tell(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+
+
+def _heard(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(f"a client ended with exit code {process.wait()}")
+    return line
+
+
 def run(load: Load, processes: int) -> list[Reply]:
-    """The load, shared among processes of clients."""
-    started: list[subprocess.Popen[str]] = []
-    for number in range(processes):
-        share = asdict(load) | {
-            "streams": len(range(number, load.streams, processes)),
-            "dues": load.dues[number::processes],
-            "seed": load.seed * 1000 + number,
-        }
-        if not share["dues"] and (load.dues or not share["streams"]):
-            continue
-        process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.load"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(share) + "\n")
-        process.stdin.flush()
-        started.append(process)
-    for process in started:
-        assert process.stdout is not None
-        if process.stdout.readline().strip() != READY:
-            raise RuntimeError("a client did not get ready")
-    begin = time.monotonic() + STARTING_SECONDS
-    for process in started:
-        assert process.stdin is not None
-        process.stdin.write(f"{begin}\n")
-        process.stdin.close()
-    replies: list[Reply] = []
-    for process in started:
-        assert process.stdout is not None
-        replies += [Reply(**reply) for reply in json.loads(process.stdout.read())]
-        if process.wait():
-            raise RuntimeError(f"a client ended with exit code {process.returncode}")
-    errors = [reply.error for reply in replies if reply.error]
-    if errors:
-        raise RuntimeError(f"{len(errors)} of {len(replies)} requests failed: {errors[0]}")
-    return replies
+    """One load by so many processes of clients."""
+    with Clients(processes) as clients:
+        return clients.run(load)
 
 
 def allow_files() -> None:
@@ -227,9 +283,9 @@ def allow_files() -> None:
 
 
 def main() -> None:
-    load = Load(**json.loads(sys.stdin.readline()))
-    replies = uvloop.run(play(load))
-    json.dump([asdict(reply) for reply in replies], sys.stdout)
+    while line := sys.stdin.readline():
+        replies = uvloop.run(play(Load(**json.loads(line))))
+        print(json.dumps([asdict(reply) for reply in replies]), flush=True)
 
 
 if __name__ == "__main__":

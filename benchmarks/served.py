@@ -73,10 +73,19 @@ def engine_command(settings: Settings) -> list[str] | None:
 @contextmanager
 def served(settings: Settings) -> Iterator[str]:
     """A server's URL, once it is ready. It is ended afterwards."""
+    with launched(settings) as (url, _):
+        yield url
+
+
+@contextmanager
+def launched(settings: Settings, *, apart: bool = False) -> Iterator[tuple[str, int]]:
+    """The same, and the id of its process; `apart`: which is then that of a group of its own.
+    A signal to the group of this process does not reach it: let SIGTERM raise an exception here."""
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [sys.executable, "-c", SERVE.format(engine_command(settings))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+            process_group=0 if apart else None,
         )  # fmt: skip
         assert process.stdin is not None and process.stdout is not None
         try:
@@ -87,7 +96,7 @@ def served(settings: Settings) -> Iterator[str]:
                 log.seek(0)
                 raise RuntimeError(f"the server did not start: {log.read()[-2000:]}")
             print(line.strip())
-            yield line.partition(" at ")[2].split()[0]
+            yield line.partition(" at ")[2].split()[0], process.pid
         finally:
             process.terminate()
             try:
