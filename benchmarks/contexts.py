@@ -281,7 +281,7 @@ def started(stacks: list[ExitStack], settings: list[Settings]) -> list[Server]:
     """Servers of these settings, started together; each ends with its stack."""
 
     def start(stack: ExitStack, one: Settings) -> Server:
-        return Server(*stack.enter_context(launched(one)))
+        return Server(*stack.enter_context(launched(one, apart=True)))
 
     with ThreadPoolExecutor(len(settings)) as pool:
         return list(pool.map(start, stacks, settings))

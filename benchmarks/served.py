@@ -78,12 +78,14 @@ def served(settings: Settings) -> Iterator[str]:
 
 
 @contextmanager
-def launched(settings: Settings) -> Iterator[tuple[str, int]]:
-    """The same, and the group of the server's processes."""
+def launched(settings: Settings, *, apart: bool = False) -> Iterator[tuple[str, int]]:
+    """The same, and the id of its process; `apart`: which is then that of a group of its own.
+    A signal to the group of this process does not reach it: let SIGTERM raise an exception here."""
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [sys.executable, "-c", SERVE.format(engine_command(settings))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, process_group=0,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+            process_group=0 if apart else None,
         )  # fmt: skip
         assert process.stdin is not None and process.stdout is not None
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 
@@ -43,7 +44,8 @@ def test_costs_are_of_what_is_never_hit(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(served, "engine_command", lambda settings: [*ENGINE])
     usual = {"model": str(write_checkpoint(tmp_path / "tiny")), "port": 0}
     on, off = Settings(**usual), Settings(**usual, prefix_caching=False)
-    with served.launched(on) as one, served.launched(off) as other:
+    launched = partial(served.launched, apart=True)
+    with launched(on) as one, launched(off) as other:
         servers = contexts.Server(*one), contexts.Server(*other)
         rows = contexts.costs([servers], 1000, 3)
         assert not any(servers[0].hits().values())
