@@ -23,16 +23,7 @@ from itertools import accumulate
 import torch
 
 from kernels import lightning_prefill_hopper as hopper
-from kernels.language import (
-    dot_precision,
-    early,
-    expm1,
-    felt,
-    jit,
-    next_power_of_2,
-    start_early,
-    tl,
-)
+from kernels.language import dot_precision, expm1, felt, jit, next_power_of_2, tl
 from kernels.packing import Packing, output
 from kernels.segments import Work, plan
 from kernels.tuning import PrefillTuning, prefill_tuning, processors
@@ -70,7 +61,6 @@ def _contributions_kernel(
     H,
     DK,
     DV,
-    EARLY: tl.constexpr,
     C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -79,7 +69,6 @@ def _contributions_kernel(
     STAGES: tl.constexpr,
 ):
     """What the L rows before a segment leave in a state: of them, those that can still be felt."""
-    start_early(EARLY)
     i_v, i_h, i_w = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     end = tl.load(items_ptr + i_w * 4).to(tl.int64)
     slope = tl.load(slopes_ptr + i_h)
@@ -120,11 +109,9 @@ def _scan_kernel(
     L,
     SIZE,
     H,
-    EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Contributions to a sequence's segments become, in place, the states that they start from."""
-    start_early(EARLY)
     i_b, i_h, i_c = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_n = tl.load(chains_ptr + i_c * 4)
     head = tl.load(chains_ptr + i_c * 4 + 1).to(tl.int64)
@@ -172,7 +159,6 @@ def _outputs_kernel(
     H,
     DK,
     DV,
-    EARLY: tl.constexpr,
     C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -185,7 +171,6 @@ def _outputs_kernel(
 
     REREAD: a segment starts from the state that its sequence had, and from the rows before it.
     """
-    start_early(EARLY)
     i_v, i_h, i_w = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     begin = tl.load(items_ptr + i_w * 4).to(tl.int64)
     n = tl.load(items_ptr + i_w * 4 + 1)
@@ -316,7 +301,6 @@ def _triton(
             APART=apart,
             STAGES=first.stages,
             num_warps=first.warps,
-            **early(q.device),
         )
     if len(work.chains):
         _scan_kernel[(-(-dk * dv // SCANNED), H, len(work.chains))](
@@ -332,7 +316,6 @@ def _triton(
             H,
             BLOCK=SCANNED,
             num_warps=4,
-            **early(q.device),
         )
     if hopper.serves(q, k, v):
         where = segment_states, work, packing
@@ -368,7 +351,6 @@ def _triton(
         STAGES=stages or last.stages,
         REREAD=work.reread,
         num_warps=last.warps,
-        **early(q.device),
     )
 
 
