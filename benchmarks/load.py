@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import os
 import random
 import re
 import resource
@@ -282,10 +283,18 @@ def allow_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+def _write(line: str) -> None:
+    """To standard output, all of it: where that is not buffered, print() loses what a pipe does not
+    take at once."""
+    rest = memoryview(f"{line}\n".encode())
+    while rest:
+        rest = rest[os.write(sys.stdout.fileno(), rest) :]
+
+
 def main() -> None:
     while line := sys.stdin.readline():
         replies = uvloop.run(play(Load(**json.loads(line))))
-        print(json.dumps([asdict(reply) for reply in replies]), flush=True)
+        _write(json.dumps([asdict(reply) for reply in replies]))
 
 
 if __name__ == "__main__":

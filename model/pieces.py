@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import gc
 from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,6 +48,17 @@ class _Address:
 def alias(x: torch.Tensor) -> torch.Tensor:
     """The same memory, not owned: a graph keeps its pool, in which later pieces use it again."""
     return torch.as_tensor(_Address(x), device=x.device).view(x.dtype)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """What is garbage goes now or later: no graph may end while another is captured."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -87,10 +100,9 @@ class PiecewiseGraphs:
         for size in self.sizes:
             self._model.fold(self._padded(batch, size), self._store)
         torch.cuda.synchronize()
-        gc.collect()
         torch.cuda.empty_cache()
         pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.stream(torch.cuda.Stream(self._store.device)):
+        with _no_collection(), torch.cuda.stream(torch.cuda.Stream(self._store.device)):
             for size in reversed(self.sizes):
                 self._chains[size] = self._record(self._padded(batch, size), pool)
         torch.cuda.synchronize()

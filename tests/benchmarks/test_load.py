@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 
-from benchmarks.load import Load, Stream, lengths
+from benchmarks.load import Load, Stream, _heard, lengths
 
 
 class Transport:
@@ -18,6 +21,19 @@ def test_streams_of_a_spread_end_one_by_one_and_then_together() -> None:
     assert found[0] == [6, 14, 6, 14] and found[2] == [10] * 4
     assert [own[0] for own in found] == [6, 8, 10, 12, 14]
     assert all(sum(own) == 40 for own in found)
+
+
+def test_more_than_a_pipe_holds_is_heard_whole() -> None:
+    """Whether a client's output is buffered or not."""
+    code = "from benchmarks.load import _write; _write('x' * 300_000)"
+    for unbuffered in ("", "1"):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert _heard(process) == "x" * 300_000 + "\n"
+        assert process.wait() == 0
 
 
 def test_an_answer_in_one_piece_ends_where_it_says() -> None:

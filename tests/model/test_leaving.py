@@ -56,7 +56,7 @@ def no_memory(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="what a GPU does")
 def test_memory_that_was_pinned_before_is_what_states_leave_for() -> None:
-    store = filled("cuda")
+    store = Store(SLOT_FIELDS, [], slots=3, blocks=0, device=torch.device("cuda"))
     each = 1 << (store.slots.bytes - 1).bit_length()
     store.reserve(3 * each + 1)
     before = torch.cuda.host_memory_stats()["num_host_alloc"]
