@@ -333,7 +333,6 @@ def load_runner(
             blocks=blocks,
             device=where,
         )
-        store.reserve(host_bytes)
     capacity = Capacity(
         slots=slots,
         state_bytes=slot_bytes,
@@ -366,6 +365,8 @@ def load_runner(
             # again: capturing has emptied the allocator's cache; what is served by graphs from here
             # on was compiled without them by the first time
             runner.warm_up(tokens)
+        with _phase(seconds, "host"):
+            store.reserve(host_bytes)  # last: capturing gives pinned memory back to the system
     store.slots.poison()
     return runner
 

@@ -161,11 +161,21 @@ class Loop:
         return self.scheduler.states is not None and self.scheduler.states.expecting
 
     def stats(self, step_tokens: int = 0) -> Stats:
-        """The gauges now; device memory is measured twice a second."""
+        """The gauges now; device memory is measured twice a second, at most.
+
+        What is free there the device says only once it has ended what it computes: while a step is
+        under way it is taken to be what it was, less what this process has come to hold since.
+        """
         stats = self.scheduler.stats()
         stats.step_tokens = step_tokens
         if self.clock() - self._measured >= MEMORY_SECONDS:
-            self._memory = (self.runner.device_memory(), *self.runner.device_room())
+            before, free, total = self._memory
+            held = self.runner.device_memory()
+            if self._under_way is None:
+                free, total = self.runner.device_room()
+            else:
+                free = max(free + before - held, 0)
+            self._memory = held, free, total
             self._measured = self.clock()
         stats.device_memory, stats.device_free, stats.device_total = self._memory
         return stats

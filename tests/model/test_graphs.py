@@ -196,6 +196,20 @@ def test_graphs_draw_what_eager_steps_draw(path: Path, ring: int, prompts: list[
     assert runner.store.slots.views["state.0"][[0, 2, 5]].isnan().all()
 
 
+@pytest.mark.skipif(not CUDA, reason="what a GPU does")
+def test_memory_pinned_for_states_outlives_the_capturing_of_graphs(path: Path) -> None:
+    probe = load(path)
+    if probe.capacity.blocks:
+        pytest.skip("beside KV blocks a state has no one size")
+    each = 1 << (probe.capacity.state_bytes - 1).bit_length()
+    runner = load_runner(
+        path, dtype="float32", state_memory_gb=0.02, max_running=6, host_bytes=3 * each + 1
+    )
+    before = torch.cuda.host_memory_stats()["num_host_alloc"]
+    kept = [runner.store.save(slot, (), None) for slot in range(3)]
+    assert torch.cuda.host_memory_stats()["num_host_alloc"] == before and len(kept) == 3
+
+
 @pytest.mark.skipif(not CUDA, reason="a CUDA graph")
 def test_rows_of_every_kind_in_a_graph(path: Path) -> None:
     """Log-probabilities, filters and rows that ask for nothing, beside plain ones."""

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from model.chunk import PENDING
+from server.engine import loop as loop_module
 from server.engine.loop import Loop
 from server.protocol import Abort, FromEngine, Output, Ready, Step, unpack_tokens
 from tests.server.engine.bench import alone, capacity, generate
@@ -81,6 +82,34 @@ def test_a_turn_reads_computes_and_publishes_one_message():
     assert post.result("a") == alone(generate("a", 5, 3))
     assert post.sent[-1].stats.slots_used == 0
     assert len(post.sent) == 3
+
+
+def test_a_device_that_computes_is_not_asked_for_its_memory(monkeypatch: pytest.MonkeyPatch):
+    """It would answer after the step: what the one before has brought would come a step late."""
+    monkeypatch.setattr(loop_module, "MEMORY_SECONDS", 0.0)
+    loop, post = machine(overlap=True)
+    held, asked = 1_000_000, []
+
+    def room() -> tuple[int, int]:
+        asked.append(loop._under_way is not None)
+        return 3_000_000, 4_000_000
+
+    monkeypatch.setattr(loop.runner, "device_room", room)
+    monkeypatch.setattr(loop.runner, "device_memory", lambda: held)
+    loop.run(lambda: False)
+    assert asked == [False]
+    post.put(generate("a", 5, 6))
+    while not post.outputs("a"):
+        loop.turn()
+    held += 200_000
+    loop.turn()
+    stats = post.sent[-1].stats
+    assert asked == [False] and loop._under_way is not None
+    assert (stats.device_memory, stats.device_free) == (1_200_000, 2_800_000)
+    assert stats.device_total == 4_000_000
+    run(loop)
+    assert asked == [False, False]  # after the last step
+    assert post.sent[-1].stats.device_free == 3_000_000
 
 
 def test_ready_comes_first_and_an_unwanted_engine_stops():
