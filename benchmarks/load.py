@@ -70,6 +70,7 @@ class Stream(asyncio.Protocol):
     def __init__(self) -> None:
         self.reply: Reply | None = None
         self.done: asyncio.Future[None] | None = None
+        self._head = b""  # of an answer, as far as it has come
         self._tail = b""
         self._whole = 0  # bytes of an answer that says how long it is
         self._transport: asyncio.Transport
@@ -83,7 +84,7 @@ class Stream(asyncio.Protocol):
     def send(self, data: bytes, due: float) -> asyncio.Future[None]:
         self.done = asyncio.get_running_loop().create_future()
         self.reply = Reply(due, time.monotonic())
-        self._tail = b""
+        self._head = self._tail = b""
         self._transport.write(data)
         return self.done
 
@@ -95,6 +96,10 @@ class Stream(asyncio.Protocol):
         if reply is None:
             return
         if not reply.size:
+            data = self._head + data
+            self._head = b"" if b"\r\n\r\n" in data else data
+            if self._head:
+                return  # more of it comes
             if not data.startswith(b"HTTP/1.1 200"):
                 self._end(data[:2000].decode(errors="replace"))
                 return

@@ -100,8 +100,9 @@ class Loop:
         self._memory = (0, 0, 0)  # held, free, in all
         self._under_way: tuple[Work, Any] | None = None  # launched, and not collected
         self._stuck = False  # the last turn found nothing to compute or to collect
-        self._checked = False  # the books are as they were when they were looked through
+        self._checked = False  # nothing has come or gone since the books were looked through
         self._measured = -MEMORY_SECONDS
+        self._asked = -MEMORY_SECONDS  # when the device said what is free
 
     def run(self, wanted: Callable[[], bool]) -> None:
         """Say Ready, then turn for as long as the engine is wanted."""
@@ -168,15 +169,14 @@ class Loop:
         """
         stats = self.scheduler.stats()
         stats.step_tokens = step_tokens
-        if self.clock() - self._measured >= MEMORY_SECONDS:
-            before, free, total = self._memory
+        now, (before, free, total) = self.clock(), self._memory
+        if self._under_way is None and now - self._asked >= MEMORY_SECONDS:
+            self._memory = (self.runner.device_memory(), *self.runner.device_room())
+            self._measured = self._asked = now
+        elif now - self._measured >= MEMORY_SECONDS:
             held = self.runner.device_memory()
-            if self._under_way is None:
-                free, total = self.runner.device_room()
-            else:
-                free = max(free + before - held, 0)
-            self._memory = held, free, total
-            self._measured = self.clock()
+            self._memory = held, max(free + before - held, 0), total
+            self._measured = now
         stats.device_memory, stats.device_free, stats.device_total = self._memory
         return stats
 

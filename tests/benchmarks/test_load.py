@@ -52,4 +52,5 @@ def test_an_answer_in_one_piece_ends_where_it_says() -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\nserver: x\r\n\r\n"
     assert asyncio.run(see(head, b"0123", b"456789")) == [False, False, True] * 2
     assert asyncio.run(see(head + b"0123456789")) == [True] * 2
+    assert asyncio.run(see(head[:30], head[30:], b"0123456789")) == [False, False, True] * 2
     assert asyncio.run(see(head + b"012345678")) == [False] * 2

@@ -116,7 +116,7 @@ def test_a_head_is_shared_by_more_programs_where_they_would_be_few():
 
 
 @pytest.mark.parametrize("device", ["triton"], indirect=True)
-@pytest.mark.parametrize("dv", [64, 256])
+@pytest.mark.parametrize("dv", [64, 128, 256])
 def test_any_share_of_a_head_goes_on_from_any_other(device, monkeypatch, dv):
     """Batches grow and shrink: the next step has other programs for the same columns."""
     R, d, T = 4, 16, 12
@@ -127,6 +127,7 @@ def test_any_share_of_a_head_goes_on_from_any_other(device, monkeypatch, dv):
         columns = (16, 64, 128)[t % 3]
         tuning = RingTuning(32, columns, 2, 128)
         monkeypatch.setattr(lightning_ring, "ring_tuning", lambda *of, tuning=tuning: tuning)
+        monkeypatch.setattr(lightning_ring, "processors", lambda device: 1)  # no more programs
         rows.append(on.decode(q[t, None], k[t, None], v[t, None], [0], [t], drafts=1))
         assert (on.folded[..., 0] == 0).all() and (on.folded[..., 1] == t + 1).all()
     on.fold([0], [T], drafts=1)

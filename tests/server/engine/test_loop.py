@@ -112,6 +112,25 @@ def test_a_device_that_computes_is_not_asked_for_its_memory(monkeypatch: pytest.
     assert post.sent[-1].stats.device_free == 3_000_000
 
 
+def test_an_engine_that_comes_to_rest_asks_the_device_anew(monkeypatch: pytest.MonkeyPatch):
+    """However lately it had taken what is free to be what it was."""
+    loop, post = machine(overlap=True)
+    now = 7.0
+    monkeypatch.setattr(loop, "clock", lambda: now)
+    asked: list[float] = []
+
+    def room() -> tuple[int, int]:
+        asked.append(now)
+        return 3_000_000, 4_000_000
+
+    monkeypatch.setattr(loop.runner, "device_room", room)
+    loop.run(lambda: False)
+    for now in (8.0, 8.1, 9.0):
+        post.put(generate(str(now), 5, 3))
+        run(loop)
+    assert asked == [7.0, 8.0, 9.0]  # not again within half a second
+
+
 def test_ready_comes_first_and_an_unwanted_engine_stops():
     loop, post = machine()
     turns = iter([True, True, False])
