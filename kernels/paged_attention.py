@@ -6,9 +6,9 @@ Position u of a sequence lies in page tables[sequence, u // block_size] at u % b
 chunk's own keys and values are written first; what nobody wrote is never read.
 
 On the GPU single tokens split their keys (paged_decode) and longer chunks go by tiles of rows
-(paged_prefill), any mix of lengths in at most five launches, two more for each further 512
-single tokens. Pages are read where they lie: cuDNN,
-which reads none in PyTorch, would need them gathered, and plans each new shape for milliseconds.
+(paged_prefill), any mix of lengths in at most five launches, two more for each further 512 single
+tokens. Pages are read where they lie: cuDNN, which reads none in PyTorch, would need them gathered,
+and plans each new shape for milliseconds.
 """
 
 from __future__ import annotations

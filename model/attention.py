@@ -6,7 +6,7 @@ import torch
 
 from kernels.paged_attention import paged_attention
 from kernels.window_attention import window_attention
-from model.batch import Batch
+from model.batch import Batch, Heads
 from model.store import Field, Store
 
 
@@ -33,20 +33,12 @@ class Softmax:
         self.scale = scale
         self.window = window
 
-    def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        o: torch.Tensor,
-        batch: Batch,
-        store: Store,
-    ) -> None:
-        """q [T, H, d], k, v [T, Hkv, d], rotated -> o [T, H, d]."""
+    def __call__(self, heads: Heads, batch: Batch, store: Store) -> None:
+        """q [T, H, d], k, v [T, Hkv, d], rotated."""
         rows = store.blocks if self.window is None else store.slots
         keys, values = rows.views[f"keys.{self.index}"], rows.views[f"values.{self.index}"]
-        where, packing = (q, k, v, keys, values), batch.packing
+        inputs, packing = (heads.q, heads.k, heads.v, keys, values), batch.packing
         if self.window is not None:
-            window_attention(*where, packing, self.window, self.scale, out=o)
+            window_attention(*inputs, packing, self.window, self.scale, out=heads.o)
         else:
-            paged_attention(*where, batch.tables, packing, self.scale, out=o)
+            paged_attention(*inputs, batch.tables, packing, self.scale, out=heads.o)

@@ -16,21 +16,32 @@ from model.sequences import Sequences
 from model.store import Store
 
 
+@dataclass(slots=True, frozen=True, eq=False)
+class Heads:
+    """What attends, by heads: q [T, H, dk], k [T, ., dk], v [T, ., dv], and where it goes, o
+    [T, H, dv]."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    o: torch.Tensor
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """q, k, v, o."""
+        return self.q, self.k, self.v, self.o
+
+    def __getitem__(self, rows: slice) -> Heads:
+        return Heads(*(x[rows] for x in self.tensors))
+
+
 class Attention(Protocol):
     """An operation between the rows of a sequence, over its memory in a store."""
 
-    def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        o: torch.Tensor,
-        batch: Batch,
-        store: Store,
-    ) -> None: ...
+    def __call__(self, heads: Heads, batch: Batch, store: Store) -> None: ...
 
 
-Recorder = Callable[[Attention, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+Recorder = Callable[[Attention, Heads], None]
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -57,13 +68,13 @@ class Batch:
     def attend(
         self, attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, store: Store
     ) -> torch.Tensor:
-        """q [T, H, dk], k [T, ., dk], v [T, ., dv] -> o [T, H, dv] by the rows' sequences: all else
-        that a model does is row by row."""
+        """q, k, v -> o of Heads, by the rows' sequences: all else in a model is row by row."""
         o = torch.empty(*q.shape[:2], v.shape[-1], dtype=v.dtype, device=v.device)
+        heads = Heads(q, k, v, o)
         if self.recorder is not None:
-            self.recorder(attention, q, k, v, o)
+            self.recorder(attention, heads)
         else:
-            attention(q, k, v, o, self, store)
+            attention(heads, self, store)
         return o
 
     def sampled(self, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:

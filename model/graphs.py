@@ -25,11 +25,15 @@ from model.store import Store
 IN_FLIGHT = 4  # host buffers: more than steps that are under way at a time
 
 
-def ladder(most: int) -> list[int]:
-    """Batch sizes to capture: every fourth up to 16, then at most a quarter apart."""
-    sizes = [1, 2, 4, 8, 12, 16]
+FIRST = (1, 2, 4, 8, 12, 16)  # batch sizes that the ladder begins with
+APART = 8
+
+
+def ladder(most: int, first: Sequence[int] = FIRST, apart: int = APART) -> list[int]:
+    """Sizes to capture: the first ones, then multiples of `apart`, at most a quarter apart."""
+    sizes = list(first)
     while sizes[-1] < most:
-        sizes.append(sizes[-1] + max(8, sizes[-1] // 4 // 8 * 8))
+        sizes.append(sizes[-1] + max(apart, sizes[-1] // 4 // apart * apart))
     return [size for size in sizes if size < most] + [most]
 
 

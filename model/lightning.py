@@ -10,7 +10,7 @@ from kernels.lightning_decode import lightning_decode
 from kernels.lightning_prefill import lightning_prefill
 from kernels.lightning_ring import lightning_ring_decode, lightning_ring_fold, parts
 from kernels.packing import Packing
-from model.batch import Batch
+from model.batch import Batch, Heads
 from model.store import Field, Store
 
 
@@ -60,27 +60,16 @@ class Lightning:
         self.slopes = slopes
         self.scale = scale
 
-    def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        o: torch.Tensor,
-        batch: Batch,
-        store: Store,
-    ) -> None:
-        """q, k [T, H, dk], v [T, H, dv] -> o [T, H, dv].
-
-        Sequences of one row take the decode kernel, longer ones the chunked kernel.
-        """
+    def __call__(self, heads: Heads, batch: Batch, store: Store) -> None:
+        """Sequences of one row take the decode kernel, longer ones the chunked kernel."""
         n = batch.singles
         if batch.tail is None:
-            self._decode(q, k, v, o, batch.packing, store)
+            self._decode(heads, batch.packing, store)
         elif n == 0:
-            self._prefill(q, k, v, o, batch, store)
+            self._prefill(heads, batch, store)
         else:
-            self._decode(q[:n], k[:n], v[:n], o[:n], batch.packing, store)
-            self._prefill(q[n:], k[n:], v[n:], o[n:], batch, store)
+            self._decode(heads[:n], batch.packing, store)
+            self._prefill(heads[n:], batch, store)
 
     def _rings(self, store: Store) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Keys, values and how far each state is folded; None without rings."""
@@ -89,35 +78,20 @@ class Lightning:
         views, i = store.slots.views, self.index
         return views[f"ring_keys.{i}"], views[f"ring_values.{i}"], views[f"folded.{i}"]
 
-    def _decode(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        o: torch.Tensor,
-        rows: Packing,
-        store: Store,
-    ) -> None:
+    def _decode(self, heads: Heads, rows: Packing, store: Store) -> None:
         """The first sequences of the rows, one row each."""
         states = store.slots.views[f"state.{self.index}"]
         rings = self._rings(store)
-        slots, starts = rows.slots[: len(q)], rows.starts[: len(q)]
-        inputs = q, k, v, self.slopes, self.scale
+        n = len(heads.q)
+        inputs = heads.q, heads.k, heads.v, self.slopes, self.scale, states
+        where = rows.slots[:n], rows.starts[:n]
         if rings is None:
-            lightning_decode(*inputs, states, slots, starts, out=o)
+            lightning_decode(*inputs, *where, out=heads.o)
         else:
             spared = drafts(rings[0].shape[2])
-            lightning_ring_decode(*inputs, states, *rings, slots, starts, drafts=spared, out=o)
+            lightning_ring_decode(*inputs, *rings, *where, drafts=spared, out=heads.o)
 
-    def _prefill(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        o: torch.Tensor,
-        batch: Batch,
-        store: Store,
-    ) -> None:
+    def _prefill(self, heads: Heads, batch: Batch, store: Store) -> None:
         rows = batch.tail
         assert rows is not None and batch.ends is not None
         states = store.slots.views[f"state.{self.index}"]
@@ -125,4 +99,5 @@ class Lightning:
         if rings is not None:
             where = states, *rings, rows.slots, rows.starts, batch.ends
             lightning_ring_fold(self.slopes, *where, drafts=drafts(rings[0].shape[2]))
-        lightning_prefill(q, k, v, self.slopes, self.scale, states, rows, out=o)
+        inputs = heads.q, heads.k, heads.v, self.slopes, self.scale
+        lightning_prefill(*inputs, states, rows, out=heads.o)

@@ -17,19 +17,15 @@ from typing import Any
 
 import torch
 
-from model.batch import Attention, Batch
+from model.batch import Attention, Batch, Heads
+from model.chunk import Chunk
 from model.families import Family
+from model.graphs import ladder
+from model.sequences import Sequences
 from model.store import Store
 
+APART = 16  # rows: sizes are multiples of it
 Folded = tuple[torch.Tensor, torch.Tensor]  # what Family.fold gives
-
-
-def ladder(most: int) -> list[int]:
-    """Row counts to capture: multiples of 16, then at most a quarter apart."""
-    sizes = [16]
-    while sizes[-1] < most:
-        sizes.append(sizes[-1] + max(sizes[-1] // 4 // 16 * 16, 16))
-    return [size for size in sizes if size < most] + [most]
 
 
 class _Address:
@@ -67,10 +63,7 @@ class Piece:
 
     graph: torch.cuda.CUDAGraph
     attention: Attention
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    o: torch.Tensor
+    heads: Heads
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -85,51 +78,47 @@ class Chain:
 class PiecewiseGraphs:
     """The chains of one model with its store, for steps of up to `most` rows."""
 
-    def __init__(self, model: Family, store: Store, most: int) -> None:
-        self.sizes = ladder(most)
+    def __init__(self, model: Family, store: Store, sequences: Sequences, most: int) -> None:
+        self.sizes = ladder(most, (APART,), APART)
         self._model = model
         self._store = store
+        self._sequences = sequences
         self._ids = torch.zeros(most, dtype=torch.int64, device=store.device)
         self._positions = torch.zeros(most, dtype=torch.int64, device=store.device)
         self._chains: dict[int, Chain] = {}
 
     @torch.inference_mode()
-    def capture(self, batch: Batch) -> None:
+    def capture(self) -> None:
         """Run each size once, which compiles, then record it; the largest first, whose memory the
-        others use too. Of the batch only the tables are looked at."""
+        others use too."""
         for size in self.sizes:
-            self._model.fold(self._padded(batch, size), self._store)
+            self._model.fold(self._padded(size), self._store)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         pool = torch.cuda.graph_pool_handle()
         with _no_collection(), torch.cuda.stream(torch.cuda.Stream(self._store.device)):
             for size in reversed(self.sizes):
-                self._chains[size] = self._record(self._padded(batch, size), pool)
+                self._chains[size] = self._record(self._padded(size), pool)
         torch.cuda.synchronize()
 
-    def _padded(self, batch: Batch, size: int) -> Batch:
-        """A step of so many rows, without its attention."""
+    def _padded(self, size: int) -> Batch:
+        """A step of so many rows, without its attention, which alone would ask whose they are."""
+        anyone = Batch.pack([Chunk(tokens=[0, 0], start=0, slot=0)], self._sequences)
         return replace(
-            batch,
+            anyone,
             ids=self._ids[:size],
             positions=self._positions[:size],
-            recorder=lambda *tensors: None,
+            recorder=lambda attention, heads: None,
         )
 
     def _record(self, batch: Batch, pool: Any) -> Chain:
         pieces: list[Piece] = []
         graph = torch.cuda.CUDAGraph()
 
-        def record(
-            attention: Attention,
-            q: torch.Tensor,
-            k: torch.Tensor,
-            v: torch.Tensor,
-            o: torch.Tensor,
-        ) -> None:
+        def record(attention: Attention, heads: Heads) -> None:
             nonlocal graph
             graph.capture_end()
-            pieces.append(Piece(graph, attention, alias(q), alias(k), alias(v), alias(o)))
+            pieces.append(Piece(graph, attention, Heads(*map(alias, heads.tensors))))
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(pool=pool)
 
@@ -150,7 +139,7 @@ class PiecewiseGraphs:
         self._positions[:T].copy_(batch.positions)
         for p in chain.pieces:
             p.graph.replay()
-            p.attention(p.q[:T], p.k[:T], p.v[:T], p.o[:T], batch, self._store)
+            p.attention(p.heads[:T], batch, self._store)
         chain.last.replay()
         x, mixed = chain.folded
         return x[:T], mixed[:T]

@@ -358,10 +358,8 @@ def load_runner(
         with _phase(seconds, "graphs"):
             runner.graphs = DecodeGraphs(model, store, runner.sequences, min(slots, CAPTURED))
             runner.graphs.capture()
-            runner.pieces = PiecewiseGraphs(model, store, step_tokens)
-            runner.pieces.capture(
-                Batch.pack([Chunk(tokens=[0, 0], start=0, slot=0)], runner.sequences)
-            )
+            runner.pieces = PiecewiseGraphs(model, store, runner.sequences, step_tokens)
+            runner.pieces.capture()
             # again: capturing has emptied the allocator's cache; what is served by graphs from here
             # on was compiled without them by the first time
             runner.warm_up(tokens)

@@ -9,8 +9,10 @@ MODULES = (
     "gated",
     "grouped_gemm",
     "join",
+    "latest",
     "lightning_decode",
     "lightning_prefill",
+    "lightning_ring",
     "lrpe",
     "paged_attention",
     "residual_rmsnorm",
@@ -34,7 +36,9 @@ def device(request, monkeypatch):
     pytest.importorskip("triton")
     for name in MODULES:
         module = importlib.import_module(f"kernels.{name}")
-        monkeypatch.setattr(module, "_torch", module._triton)
+        for of in ("", "_fold", "_remember"):
+            if hasattr(module, f"_triton{of}"):
+                monkeypatch.setattr(module, f"_torch{of}", getattr(module, f"_triton{of}"))
     return torch.device("cpu")
 
 

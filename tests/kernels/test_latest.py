@@ -3,16 +3,7 @@
 import pytest
 import torch
 
-from kernels import latest
 from kernels.latest import remember, resolved
-
-
-@pytest.fixture
-def device(device, monkeypatch, request):
-    if request.node.callspec.params["device"] == "triton" and device.type == "cpu":
-        monkeypatch.setattr(latest, "_torch", latest._triton)
-        monkeypatch.setattr(latest, "_torch_remember", latest._triton_remember)
-    return device
 
 
 @pytest.mark.parametrize("N", [0, 1, 63, 128, 257])

@@ -17,14 +17,6 @@ SLOPES = [0.9, 4e-8, 0.0]
 H = len(SLOPES)
 
 
-@pytest.fixture
-def device(device, monkeypatch, request):
-    if request.node.callspec.params["device"] == "triton" and device.type == "cpu":
-        monkeypatch.setattr(lightning_ring, "_torch", lightning_ring._triton)
-        monkeypatch.setattr(lightning_ring, "_torch_fold", lightning_ring._triton_fold)
-    return device
-
-
 class Slots:
     """S slots of garbage, and the two operations on them with everything else filled in."""
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kernels import lightning_ring, segments, tuning
+from kernels import segments, tuning
 from kernels.tuning import DECODE, PREFILL, RING, measured
 from tests.kernels import test_lightning_decode as decoding
 from tests.kernels import test_lightning_ring as ring
@@ -52,9 +52,6 @@ def test_decode(device):
     decoding.test_bfloat16_state(device)
 
 
-def test_decode_with_a_ring(device, monkeypatch):
-    if device.type == "cpu":
-        monkeypatch.setattr(lightning_ring, "_torch", lightning_ring._triton)
-        monkeypatch.setattr(lightning_ring, "_torch_fold", lightning_ring._triton_fold)
+def test_decode_with_a_ring(device):
     ring.test_a_staggered_batch_with_padding(device, 128, 128, 5, torch.float16)
     ring.test_bfloat16_state(device)

@@ -15,7 +15,8 @@ from model import pieces
 from model.batch import Batch
 from model.chunk import Chunk
 from model.families import added, forward
-from model.pieces import PiecewiseGraphs, ladder
+from model.graphs import ladder
+from model.pieces import APART, PiecewiseGraphs
 from model.runner import ModelRunner
 from tests.model.checkpoints import KINDS
 from tests.model.harness import Sequence, load, prompt
@@ -63,7 +64,7 @@ def _tensors(result: Any) -> Iterator[torch.Tensor]:
 
 @pytest.mark.parametrize("most", [16, 17, 80, 2048, 8192])
 def test_the_ladder_ends_where_it_must(most: int) -> None:
-    sizes = ladder(most)
+    sizes = ladder(most, (APART,), APART)
     assert sizes == sorted(set(sizes)) and sizes[0] == 16 and sizes[-1] == most
     assert all(b - a <= max(16, a // 4) for a, b in pairwise(sizes))
 
@@ -100,10 +101,6 @@ def steps(runner: ModelRunner, graphs: PiecewiseGraphs | None) -> list[torch.Ten
     return logits
 
 
-def a_batch(runner: ModelRunner) -> Batch:
-    return Batch.pack([Chunk(tokens=[0, 0], start=0, slot=0)], runner.sequences)
-
-
 @pytest.mark.skipif(CUDA, reason="the kernels there are no operations of PyTorch")
 def test_what_pieces_record_folds_what_whole_steps_fold(
     runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
@@ -112,10 +109,10 @@ def test_what_pieces_record_folds_what_whole_steps_fold(
     monkeypatch.setattr(pieces, "alias", lambda x: x)
     monkeypatch.setattr(experts, "_looped", experts._masked)  # what is recorded asks for no numbers
     expected = steps(runner, None)
-    graphs = PiecewiseGraphs(runner.model, runner.store, MOST)
+    graphs = PiecewiseGraphs(runner.model, runner.store, runner.sequences, MOST)
     with torch.inference_mode():
         for size in reversed(graphs.sizes):
-            graphs._chains[size] = graphs._record(graphs._padded(a_batch(runner), size), (0, 0))
+            graphs._chains[size] = graphs._record(graphs._padded(size), (0, 0))
     runner.store.slots.poison()
     graphs._ids.fill_(3)  # rows of padding hold anything
     for got, want in zip(steps(runner, graphs), expected, strict=True):
@@ -125,8 +122,8 @@ def test_what_pieces_record_folds_what_whole_steps_fold(
 @pytest.mark.skipif(not CUDA, reason="CUDA graphs")
 def test_pieces_fold_what_whole_steps_fold(runner: ModelRunner) -> None:
     expected = steps(runner, None)
-    graphs = PiecewiseGraphs(runner.model, runner.store, MOST)
-    graphs.capture(a_batch(runner))
+    graphs = PiecewiseGraphs(runner.model, runner.store, runner.sequences, MOST)
+    graphs.capture()
     runner.store.slots.poison()
     free = [slot for slot in range(runner.capacity.slots) if slot not in (1, 2, 4)]
     for _ in range(2):
