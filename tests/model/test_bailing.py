@@ -72,31 +72,37 @@ def test_softmax_closes_each_group_of_layers_and_takes_what_is_left_over(tmp_pat
     assert model_of(load(tmp_path)).config.softmax == (0, 0, 1, 0, 0, 1, 1, 1)
 
 
-def test_the_decay_is_a_setting(tmp_path: Path) -> None:
+def last_logits(runner: ModelRunner, ids: list[int]) -> torch.Tensor:
+    return logits_of(runner, [Sequence(runner, ids, 0).chunk(len(ids))])[0]
+
+
+@pytest.mark.parametrize("name", bailing.VARIANTS)
+def test_the_decay_is_a_setting(tmp_path: Path, name: str) -> None:
     """The flag over config.json, config.json over the default; each with its oracle."""
-    oracles = {
-        name: bailing.write(tmp_path / name, decay_layer_factor=name) for name in bailing.VARIANTS
-    }
-    plain = tmp_path / "plain"
-    bailing.write(plain)
+    other = "hf" if name != "hf" else "mlx"
+    oracle = bailing.write(tmp_path / "named", decay_layer_factor=name)
+    bailing.write(tmp_path / "plain")
+    bailing.write(tmp_path / "other", decay_layer_factor=other)
     ids = prompt(60)
-    logits = {}
-    for name, oracle in oracles.items():
-        other = "hf" if name != "hf" else "mlx"
-        for runner in (
-            load(tmp_path / name),
-            load(plain, decay_layer_factor=name),
-            load(tmp_path / other, decay_layer_factor=name),
-        ):
-            logits[name] = logits_of(runner, [Sequence(runner, ids, 0).chunk(60)])[0]
-            want = oracle(ids)[-1].float()
-            torch.testing.assert_close(logits[name], want, atol=1e-4, rtol=1e-4)
+    want = oracle(ids)[-1].float()
+    for runner in (
+        load(tmp_path / "named"),
+        load(tmp_path / "plain", decay_layer_factor=name),
+        load(tmp_path / "other", decay_layer_factor=name),
+    ):
+        torch.testing.assert_close(last_logits(runner, ids), want, atol=1e-4, rtol=1e-4)
+
+
+def test_the_decays_differ(tmp_path: Path) -> None:
+    bailing.write(tmp_path)
+    runners = {name: load(tmp_path, decay_layer_factor=name) for name in bailing.VARIANTS}
+    ids = prompt(60)
+    logits = {name: last_logits(runner, ids) for name, runner in runners.items()}
     assert (logits["sglang"] - logits["hf"]).abs().max() > 1e-2
     assert (logits["mlx"] - logits["hf"]).abs().max() > 1e-3
-    runner = load(plain)
-    default = logits_of(runner, [Sequence(runner, ids, 0).chunk(60)])[0]
-    torch.testing.assert_close(default, logits["sglang"])
-    assert runner.capacity.fingerprint != load(plain, decay_layer_factor="hf").capacity.fingerprint
+    default = load(tmp_path)
+    torch.testing.assert_close(last_logits(default, ids), logits["sglang"])
+    assert default.capacity.fingerprint != runners["hf"].capacity.fingerprint
 
 
 def test_the_flag_reaches_the_model(tmp_path: Path) -> None:

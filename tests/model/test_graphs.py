@@ -107,9 +107,9 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return directory
 
 
-def load(path: Path, ring: int = 0) -> ModelRunner:
-    options = {"dtype": "float32", "state_memory_gb": 0.02, "max_running": 6, "ring": ring}
-    return load_runner(path, **options)  # type: ignore[arg-type]
+def load(path: Path, ring: int = 0, host_bytes: int = 0) -> ModelRunner:
+    options = {"dtype": "float32", "state_memory_gb": 0.02, "max_running": 6}
+    return load_runner(path, ring=ring, host_bytes=host_bytes, **options)  # type: ignore[arg-type]
 
 
 def generate(
@@ -202,9 +202,8 @@ def test_memory_pinned_for_states_outlives_the_capturing_of_graphs(path: Path) -
     if probe.capacity.blocks:
         pytest.skip("beside KV blocks a state has no one size")
     each = 1 << (probe.capacity.state_bytes - 1).bit_length()
-    runner = load_runner(
-        path, dtype="float32", state_memory_gb=0.02, max_running=6, host_bytes=3 * each + 1
-    )
+    runner = load(path, host_bytes=3 * each + 1)
+    assert runner.capacity.state_bytes == probe.capacity.state_bytes
     before = torch.cuda.host_memory_stats()["num_host_alloc"]
     kept = [runner.store.save(slot, (), None) for slot in range(3)]
     assert torch.cuda.host_memory_stats()["num_host_alloc"] == before and len(kept) == 3
