@@ -88,7 +88,6 @@ class Launch:
 def decoding(B: int) -> Callable[[], Any]:
     """The next step of the layer that was touched longest ago."""
     layers = decode.Layers(B, torch.float32, ring=True)
-    layers.slots = layers.slots.sort().values  # in whose order they say what is folded
     for _ in range(WARM):
         layers.step()
     return partial(layers.layer, 0, layers.inputs, layers.starts)

@@ -46,11 +46,15 @@ class Decoding:
     def __init__(self, B: int, H: int, dtype: torch.dtype, layers: int) -> None:
         self.slopes = torch.logspace(-5, -0.1, H, device=DEVICE)
         self.states = [torch.randn(B, H, 128, 128, device=DEVICE).to(dtype) for _ in range(layers)]
-        self.rings = [
-            torch.randn(B, H, R, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)
-        ]
         shape = B, H, lightning_ring.parts(128), 2
-        self.folded = torch.zeros(shape, dtype=torch.int64, device=DEVICE)
+        self.rings = [
+            (
+                torch.randn(B, H, R, 128, device=DEVICE, dtype=torch.bfloat16),
+                torch.randn(B, H, R, 128, device=DEVICE, dtype=torch.bfloat16),
+                torch.zeros(shape, dtype=torch.int64, device=DEVICE),  # folded
+            )
+            for _ in range(layers)
+        ]
         self.slots = torch.randperm(B, device=DEVICE).int()
         self.starts = torch.full((B,), 7, device=DEVICE)
         self.inputs = [
@@ -64,14 +68,14 @@ class Decoding:
         lightning_decode._triton(*self.inputs, self.slopes, 1.0, state, *where, tuning=candidate)
 
     def ring(self, layer: int, candidate: RingTuning) -> None:
-        memory = self.states[layer], *self.rings, self.folded
+        memory = self.states[layer], *self.rings[layer]
         where = self.slots, self.starts, drafts(R), self.o
         lightning_ring._triton(*self.inputs, self.slopes, 1.0, *memory, *where, tuning=candidate)
 
     def check(self, step: Callable[[int, Any], None], candidate: Any) -> float:
         """Greatest error of 2 R + 1 tokens of the last sequence."""
         self.starts.fill_(7)
-        self.folded.fill_(7)
+        self.rings[0][-1].fill_(7)
         slot = int(self.slots[-1])
         initial = self.states[0][slot].clone()
         steps, outputs = [], []

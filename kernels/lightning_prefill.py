@@ -24,12 +24,14 @@ import torch
 
 from kernels import lightning_prefill_hopper as hopper
 from kernels.language import dot_precision, expm1, felt, jit, next_power_of_2, tl
+from kernels.launches import Launch, Launches, launch
 from kernels.packing import Packing, output
 from kernels.segments import Work, plan
 from kernels.tuning import PrefillTuning, prefill_tuning, processors
 
 SPAN = 2048  # rows that the torch path works on at a time: they stay in the cache
 SCANNED = 1024  # elements of a state that a program of the scan takes
+LAUNCHES = Launches()
 VIEWS = ["items_ptr", "chains_ptr", "cu_seqlens_ptr", "slots_ptr", "starts_ptr"]  # aligned at times
 
 
@@ -266,92 +268,127 @@ def _triton(
     o: torch.Tensor,
     tuning: PrefillTuning | None = None,
 ) -> None:
+    """As these tensors' shapes were launched before, or anew."""
+    H, dk, dv = states.shape[1:]
+    BLOCK_K = max(next_power_of_2(dk), 16)
+    tuning = tuning or prefill_tuning(q.device, q.dtype.itemsize, BLOCK_K)
+    work = work_for(states, packing, tuning)
+    segment_states = torch.empty(work.states, H, dk, dv, dtype=torch.float32, device=q.device)
+    rows = packing.cu_seqlens, packing.slots, packing.starts
+    tensors = q, k, v, slopes, states, o, segment_states, work.items, work.chains, *rows
+    numbers = scale, tuning, work.length, work.reread, work.continuing, work.segments
+    if not (q.is_cuda and LAUNCHES.again(tensors, *numbers)):
+        made = _launched(scale, work, packing, tuning, BLOCK_K, tensors)
+        LAUNCHES.keep(made, tensors, *numbers)
+
+
+def _launched(
+    scale: float,
+    work: Work,
+    packing: Packing,
+    tuning: PrefillTuning,
+    BLOCK_K: int,
+    tensors: tuple[torch.Tensor, ...],
+) -> list[Launch | None]:
     """Contributions of segments, their scan, then outputs: the last alone where nothing is cut.
 
     Where segments read again what comes before them, the scan only copies the states that they all
     start from, for the last segment writes its sequence's; no copy of what starts from nothing.
     """
+    q, k, v, slopes, states, o, segment_states = tensors[:7]
     H, dk, dv = states.shape[1:]
-    BLOCK_K = max(next_power_of_2(dk), 16)
-    tuning = tuning or prefill_tuning(q.device, q.dtype.itemsize, BLOCK_K)
     first, last = tuning.contributions, tuning.outputs
-    work = work_for(states, packing, tuning)
     stages = tuning.reread.stages if tuning.reread and work.reread else None
-    segment_states = torch.empty(work.states, H, dk, dv, dtype=torch.float32, device=q.device)
     kv_strides = k.stride(0), k.stride(1), v.stride(0), v.stride(1)
     precision, apart = dot_precision(q.dtype), q.dtype.itemsize == 4
+    made = []
     if work.continuing:
         assert work.length % first.C == 0
         BLOCK_V = max(min(next_power_of_2(dv), first.columns), 16)
-        _contributions_kernel[(-(-dv // BLOCK_V), H, work.continuing)](
+        made.append(
+            launch(
+                _contributions_kernel,
+                (-(-dv // BLOCK_V), H, work.continuing),
+                tensors,
+                k,
+                v,
+                slopes,
+                segment_states,
+                work.items,
+                *kv_strides,
+                work.length,
+                H,
+                dk,
+                dv,
+                C=first.C,
+                BLOCK_K=BLOCK_K,
+                BLOCK_V=BLOCK_V,
+                PRECISION=precision,
+                APART=apart,
+                STAGES=first.stages,
+                num_warps=first.warps,
+            )
+        )
+    if len(work.chains):
+        made.append(
+            launch(
+                _scan_kernel,
+                (-(-dk * dv // SCANNED), H, len(work.chains)),
+                tensors,
+                slopes,
+                states,
+                segment_states,
+                work.chains,
+                packing.slots,
+                packing.starts,
+                states.stride(0),
+                work.length,
+                dk * dv,
+                H,
+                BLOCK=SCANNED,
+                num_warps=4,
+            )
+        )
+    if hopper.serves(q, k, v):
+        made.append(hopper.outputs(scale, work, packing, stages or hopper.STAGES, tensors))
+        return made
+    BLOCK_V = max(min(next_power_of_2(dv), last.columns), 16)
+    made.append(
+        launch(
+            _outputs_kernel,
+            (-(-dv // BLOCK_V), H, len(work.items)),
+            tensors,
+            q,
             k,
             v,
             slopes,
+            float(scale),
+            states,
+            o,
             segment_states,
             work.items,
+            packing.cu_seqlens,
+            packing.slots,
+            packing.starts,
+            q.stride(0),
+            q.stride(1),
             *kv_strides,
-            work.length,
+            states.stride(0),
+            work.segments,
             H,
             dk,
             dv,
-            C=first.C,
+            C=last.C,
             BLOCK_K=BLOCK_K,
             BLOCK_V=BLOCK_V,
             PRECISION=precision,
             APART=apart,
-            STAGES=first.stages,
-            num_warps=first.warps,
+            STAGES=stages or last.stages,
+            REREAD=work.reread,
+            num_warps=last.warps,
         )
-    if len(work.chains):
-        _scan_kernel[(-(-dk * dv // SCANNED), H, len(work.chains))](
-            slopes,
-            states,
-            segment_states,
-            work.chains,
-            packing.slots,
-            packing.starts,
-            states.stride(0),
-            work.length,
-            dk * dv,
-            H,
-            BLOCK=SCANNED,
-            num_warps=4,
-        )
-    if hopper.serves(q, k, v):
-        where = segment_states, work, packing
-        hopper.outputs(q, k, v, slopes, scale, states, o, *where, stages or hopper.STAGES)
-        return
-    BLOCK_V = max(min(next_power_of_2(dv), last.columns), 16)
-    _outputs_kernel[(-(-dv // BLOCK_V), H, len(work.items))](
-        q,
-        k,
-        v,
-        slopes,
-        float(scale),
-        states,
-        o,
-        segment_states,
-        work.items,
-        packing.cu_seqlens,
-        packing.slots,
-        packing.starts,
-        q.stride(0),
-        q.stride(1),
-        *kv_strides,
-        states.stride(0),
-        work.segments,
-        H,
-        dk,
-        dv,
-        C=last.C,
-        BLOCK_K=BLOCK_K,
-        BLOCK_V=BLOCK_V,
-        PRECISION=precision,
-        APART=apart,
-        STAGES=stages or last.stages,
-        REREAD=work.reread,
-        num_warps=last.warps,
     )
+    return made
 
 
 @lru_cache(maxsize=128)

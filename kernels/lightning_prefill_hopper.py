@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from kernels.language import HAVE_TRITON, expm1, felt
+from kernels.launches import Launch, launch
 from kernels.packing import Packing
 from kernels.segments import Work
 from kernels.tuning import card
@@ -233,21 +234,18 @@ def _descriptor(x: torch.Tensor, columns: int) -> Any:
 
 
 def outputs(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    slopes: torch.Tensor,
-    scale: float,
-    states: torch.Tensor,
-    o: torch.Tensor,
-    segment_states: torch.Tensor,
-    work: Work,
-    packing: Packing,
-    stages: int,
-) -> None:
-    """o, and the states of sequences that end, by items of a plan (see kernels.segments)."""
+    scale: float, work: Work, packing: Packing, stages: int, tensors: tuple[torch.Tensor, ...]
+) -> Launch | None:
+    """o, and the states of sequences that end, by items of a plan (see kernels.segments).
+
+    tensors: q, k, v, slopes, states, o, segment_states, and those of the plan.
+    """
+    q, k, v, slopes, states, o, segment_states = tensors[:7]
     H = q.shape[1]
-    _outputs_kernel[(v.shape[-1] // V, H, len(work.items))](
+    return launch(
+        _outputs_kernel,
+        (v.shape[-1] // V, H, len(work.items)),
+        tensors,
         _descriptor(q, K),
         _descriptor(k, K),
         _descriptor(v, V),

@@ -24,10 +24,13 @@ from __future__ import annotations
 import torch
 
 from kernels.language import early, expm1, jit, next_power_of_2, start_early, tl
+from kernels.launches import Launch, Launches, launch
 from kernels.packing import output
 from kernels.tuning import RingTuning, processors, ring_tuning
 
 MOST_REGISTERS = 255  # of a thread, where a program has a multiprocessor almost to itself
+
+DECODES, FOLDS = Launches(), Launches()
 
 
 @jit
@@ -326,7 +329,7 @@ def _triton(
     drafts: int,
     o: torch.Tensor,
     tuning: RingTuning | None = None,
-) -> None:
+) -> Launch | None:
     N, H, dk = q.shape
     dv = v.shape[-1]
     R = ring_k.shape[2]
@@ -335,7 +338,11 @@ def _triton(
     PARTS = folded.shape[2]
     SPLITS = splits(PARTS, dv, tuning.columns, N * H, processors(q.device))
     few = 2 * processors(q.device) >= N * H * SPLITS
-    _decode_kernel[(H * SPLITS, N)](
+    tensors = q, k, v, slopes, states, ring_k, ring_v, folded, slots, starts, o
+    return launch(
+        _decode_kernel,
+        (H * SPLITS, N),
+        tensors,
         q,
         k,
         v,
@@ -386,10 +393,13 @@ def _triton_fold(
     starts: torch.Tensor,
     ends: torch.Tensor,
     drafts: int,
-) -> None:
+) -> Launch | None:
     H, dk, dv = states.shape[1:]
     R = ring_k.shape[2]
-    _fold_kernel[(H, len(slots))](
+    return launch(
+        _fold_kernel,
+        (H, len(slots)),
+        (slopes, states, ring_k, ring_v, folded, slots, starts, ends),
         slopes,
         states,
         ring_k,
@@ -568,6 +578,9 @@ def lightning_ring_decode(
     begins, whatever the slot holds; a row with slot -1 is padding and comes out as zero. `drafts` <
     R is the same in every call between two folds. out: contiguous memory for o.
     """
+    inputs = q, k, v, slopes, states, ring_k, ring_v, folded, slots, starts
+    if out is not None and q.is_cuda and DECODES.again((*inputs, out), scale, drafts):
+        return out
     N, H, dk = q.shape
     dv = v.shape[-1]
     assert k.shape == (N, H, dk) and v.shape == (N, H, dv)
@@ -577,9 +590,10 @@ def lightning_ring_decode(
     assert 0 <= drafts < ring_k.shape[2]
     _check(slopes, states, ring_k, ring_v, folded, slots, starts)
     o = output((N, H, dv), v, out)
-    (_triton if q.is_cuda else _torch)(
+    made = (_triton if q.is_cuda else _torch)(
         q, k, v, slopes, scale, states, ring_k, ring_v, folded, slots, starts, drafts, o
     )
+    DECODES.keep((made,), (*inputs, o), scale, drafts)
     return o
 
 
@@ -600,8 +614,10 @@ def lightning_ring_fold(
     are empty, and `folded` says ends [N] int64: starts, or the end of a prefill that follows.
     `drafts` is that of the calls of lightning_ring_decode before.
     """
+    tensors = slopes, states, ring_k, ring_v, folded, slots, starts, ends
+    if states.is_cuda and FOLDS.again(tensors, drafts):
+        return
     _check(slopes, states, ring_k, ring_v, folded, slots, starts)
     assert ends.shape == starts.shape and ends.dtype == torch.int64
-    (_triton_fold if states.is_cuda else _torch_fold)(
-        slopes, states, ring_k, ring_v, folded, slots, starts, ends, drafts
-    )
+    made = (_triton_fold if states.is_cuda else _torch_fold)(*tensors, drafts)
+    FOLDS.keep((made,), tensors, drafts)

@@ -50,10 +50,15 @@ class Layers:
         ]
         # as if decoding had gone on for long: positions differ, rings are full
         self.starts = torch.arange(1000, 1000 + 7 * B, 7, device="cuda")
-        for *_, folded in self.rings:
-            folded[..., 1] = self.starts[:, None, None]
         self.slots = torch.randperm(B, device="cuda").int()
+        for *_, folded in self.rings:
+            self._settle(folded)
         self.inputs = [torch.randn(B, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+
+    def _settle(self, folded: torch.Tensor) -> None:
+        """Each sequence has folded all that was due: the next step folds a slice of each."""
+        folded[..., 0] = 0
+        folded[self.slots.long(), ..., 1] = self.starts[:, None, None]
 
     def layer(self, i: int, inputs: list[torch.Tensor], starts: torch.Tensor) -> torch.Tensor:
         where = self.slots, starts
@@ -86,8 +91,7 @@ class Layers:
         if self.ring:
             memory = self.states[0], *self.rings[0]
             lightning_ring_fold(self.slopes, *memory, self.slots, starts, starts, DRAFTS)
-            self.rings[0][2][..., 1] = self.starts[:, None, None]
-            self.rings[0][2][..., 0] = 0
+            self._settle(self.rings[0][2])
         errors = []
         for n in range(len(picked)):
             q, k, v = (torch.stack([step[j][picked[n]] for step in steps]) for j in range(3))

@@ -35,6 +35,7 @@ from tests.kernels.cases import pack
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 FILES = sorted((Path(__file__).parents[2] / "kernels").glob("*.py"))
+FILES = [path for path in FILES if path.stem != "launches"]  # which makes those of others again
 # of prompts alone: steps that read some are no chain of small launches
 PROMPTS = {
     "lightning_prefill",
@@ -53,10 +54,12 @@ def called(node):
 
 
 def launches(tree):
-    """Calls kernel[grid](...) with the names of the kernels."""
+    """Calls kernel[grid](...) and launch(kernel, ...) with the names of the kernels."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
             yield ast.unparse(node.func.value), node
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "launch":
+            yield ast.unparse(node.args[0]), node
 
 
 def options(tree, call):
