@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.fused_linear import Residual, gate_linear, residual_linear
+from kernels.join import Rows
 from kernels.linear import linear
 from kernels.logits import residual_logits
 from kernels.residual_rmsnorm import residual_rmsnorm
@@ -248,7 +249,7 @@ class Routed:
             width=config.intermediate,
         )
 
-    def __call__(self, h: torch.Tensor) -> torch.Tensor:
+    def __call__(self, h: torch.Tensor) -> Rows:
         if len(self.router) == 1:
             return self.experts(h, None, None)
         return self.experts(h, *route(h, self.router, None, self.choice))

@@ -206,9 +206,9 @@ class Step:
         order, ends = sorting._triton(ids.flatten(), E)
         z = expert_tiles.up(y, self.gate_up, order, ends, tiles)
         joined = torch.empty_like(h)
-        z = expert_tiles._product(z, self.down, order, ends, tiles, False)
-        join._triton(z, weights, None, joined)
-        return joined
+        parts = expert_tiles.down(z, self.down, order, ends, weights, tiles)
+        join._triton(parts, joined)
+        return residual_rmsnorm(joined, parts, 1.0, 0.5, self.norm, 1e-6)
 
 
 @pytest.mark.skipif(not CUDA or card(DEVICE) < language.HOPPER, reason="a card that starts early")
