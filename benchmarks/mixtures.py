@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.experts import fused_moe, grouped_moe
+from kernels.join import join
 from kernels.quantize import Quantized, Weight
 from kernels.routing import Choice, choose
 from kernels.tuning import MixtureTuning
@@ -95,8 +96,8 @@ class Mixture:
         """By our kernels, or by grouped products where there is no tuning."""
         weights = self.layers.weights[turn % len(self.layers.weights)]
         if tuning is None:
-            return grouped_moe(self.x, *weights, *routed)
-        return fused_moe(self.x, *weights, *routed, tuning)
+            return join(grouped_moe(self.x, *weights, *routed))
+        return join(fused_moe(self.x, *weights, *routed, tuning))
 
     def step(self, tuning: MixtureTuning | None) -> None:
         """Each turn once."""

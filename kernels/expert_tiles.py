@@ -1,5 +1,5 @@
 """Experts of many tokens, in tiles of rows of one expert: h_r = silu(gate_e x_t) * (up_e x_t) and
-z_r = down_e h_r for r = t K + k, e = ids_r, then y_t = sum_k weight_tk z_tk.
+z_r = down_e h_r for r = t K + k, e = ids_r, of which y_t = sum_k weight_tk z_tk is yet to be made.
 
 Rows are gathered and scattered by an order that sorts them by expert: what lies in memory is in the
 order of tokens throughout. Which rows share a tile does not change a row's sums.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from kernels.grouped_gemm import most_tiles, rows_of
-from kernels.join import join
+from kernels.join import Parts
 from kernels.language import dot_precision, early, jit, next_power_of_2, start_early, tl
 from kernels.quantize import Quantized, Weight
 from kernels.tuning import ProductTuning
@@ -135,8 +135,6 @@ def down(
     ends: torch.Tensor,
     weights: torch.Tensor,
     tuning: ProductTuning,
-) -> torch.Tensor:
+) -> Parts:
     """h [T K, D], w [E, N, D], as they are or int8, weights [T, K] float32 -> y [T, N]."""
-    assert weights.is_contiguous() and weights.numel() == len(h)
-    z = _product(h, w, order, ends, tuning, False)
-    return join(z, weights)
+    return Parts(_product(h, w, order, ends, tuning, False), weights)

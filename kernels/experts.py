@@ -1,7 +1,8 @@
 """Mixture of experts: y_t = sum_k weight_tk down_e (silu(gate_e x_t) * (up_e x_t)), e = ids_tk.
 
 Where kernels/tuning.json has measured our kernels faster they serve: a row at a time, or tiles of
-sorted rows. Elsewhere rows are copied into order for grouped products.
+sorted rows. Elsewhere rows are copied into order for grouped products. What ends in a row for each
+k leaves their sum to whoever reads it (kernels/join.py).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from kernels import expert_rows, expert_tiles
 from kernels.gated import silu_mul
 from kernels.grouped_gemm import grouped_gemm
-from kernels.join import join
+from kernels.join import Parts, Rows
 from kernels.linear import activations, linear
 from kernels.quantize import Quantized, Weight
 from kernels.sorting import by_expert, sort_by_expert
@@ -85,7 +86,7 @@ def grouped_moe(
     down: Weight,
     expert_ids: torch.Tensor,
     weights: torch.Tensor,
-) -> torch.Tensor:
+) -> Parts:
     """As moe, by grouped products of sorted copies of rows; any number of them, on any device."""
     T, K = expert_ids.shape
     order, ends = sort_by_expert(expert_ids.flatten(), len(gate_up))
@@ -93,7 +94,7 @@ def grouped_moe(
     gated = silu_mul(*both.chunk(2, dim=1))
     y = _product(activations(gated, down), down, ends, x.dtype)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(T * K, device=x.device))
-    return join(y, weights.contiguous(), place)
+    return Parts(y, weights.contiguous(), place)
 
 
 def fused_moe(
@@ -103,8 +104,8 @@ def fused_moe(
     expert_ids: torch.Tensor,
     weights: torch.Tensor,
     tuning: MixtureTuning,
-) -> torch.Tensor:
-    """As moe, in two to four launches; not with fp8, and T > 0."""
+) -> Rows:
+    """As moe, in two or three launches; not with fp8, and T > 0."""
     up_rows, down_rows = tuning.up.rows == 1, tuning.down.rows == 1
     if not (up_rows and down_rows):
         order, ends = by_expert(expert_ids.flatten(), len(gate_up))
@@ -133,8 +134,9 @@ def moe(
     down: Weight,
     expert_ids: torch.Tensor | None,
     weights: torch.Tensor | None,
-) -> torch.Tensor:
-    """x [T, D], gate_up [E, 2 I, D] (gate rows first), down [E, D, I] -> [T, D] in x's dtype.
+) -> Rows:
+    """x [T, D], gate_up [E, 2 I, D] (gate rows first), down [E, D, I] -> [T, D] in x's dtype,
+    maybe in parts.
 
     gate_up and down may be quantised, both alike. expert_ids [T, K] integers below E, weights
     [T, K] float32; both None where E is 1. Sums over K are float32 and in the order of K, and no

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.gated import mul, silu_, silu_mul
+from kernels.join import Rows, join
 from kernels.linear import linear
 from kernels.quantize import Weight
 from kernels.residual_rmsnorm import add_rmsnorm_, residual_rmsnorm
@@ -24,12 +25,12 @@ from kernels.tuning import SkinnyTuning, skinny_tuning
 class Residual:
     """A sum z = alpha x + beta f and its norm h = RMSNorm(z) * weight, neither computed yet.
 
-    x, f [T, D], f may be absent; weight [D] or None. The stream that goes on beside what is made of
-    h is z, or h where norms come after the sum (`post`).
+    x, f [T, D], f may be absent or in parts; weight [D] or None. The stream that goes on beside
+    what is made of h is z, or h where norms come after the sum (`post`).
     """
 
     x: torch.Tensor
-    f: torch.Tensor | None
+    f: Rows | None
     weight: torch.Tensor | None
     eps: float
     alpha: float = 1.0
@@ -49,11 +50,15 @@ class Residual:
         assert self.alpha == self.beta == 1, "a stream that is weighted anew at every sum"
         return self.x, add_rmsnorm_(self.x, self.f, self.weight, self.eps, out_dtype)
 
+    def outline(self) -> Before:
+        """As much of it as tells which kernels serve; parts of f stay what they are."""
+        return Before(x=self.x, norm=True)
+
     def before(self) -> Before:
-        """The same for one kernel."""
+        """The same for one kernel, to which f comes added up."""
         return Before(
             x=self.x,
-            f=self.f,
+            f=None if self.f is None else join(self.f),
             alpha=self.alpha,
             beta=self.beta,
             weight=self.weight,
@@ -101,13 +106,12 @@ def residual_linear(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The stream [T, D], and y = w h [T, N] with silu on so many first outputs, or [T, N / 2]: both
     halves multiplied, as a gated unit does, the first through silu or as it is."""
-    before = residual.before()
-    tuning = skinny(before, w, silu=silu, pair=pair)
+    tuning = skinny(residual.outline(), w, silu=silu, pair=pair)
     if tuning is None:
         stream, h = residual.normed()
         return stream, after(linear(h, w), silu, pair)
     assert isinstance(w, torch.Tensor)
-    y, kept = skinny_gemm(before, w, tuning, silu=silu, pair=pair, keep=residual.keep)
+    y, kept = skinny_gemm(residual.before(), w, tuning, silu=silu, pair=pair, keep=residual.keep)
     return (residual.x if kept is None else kept), y
 
 

@@ -33,8 +33,7 @@ def logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def residual_logits(residual: Residual, weight: torch.Tensor) -> torch.Tensor:
     """residual of R rows, weight [V, D] -> terms [S, R, V] of the logits of its norm; the stream
     ends here."""
-    before = residual.before()
-    tuning = skinny(before, weight, whole=True)
+    tuning = skinny(residual.outline(), weight, whole=True)
     if tuning is None:
         return logits(residual.normed(torch.float32)[1], weight)
-    return skinny_gemm(before, weight, tuning, out_dtype=torch.float32)[0][None]
+    return skinny_gemm(residual.before(), weight, tuning, out_dtype=torch.float32)[0][None]

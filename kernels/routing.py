@@ -56,7 +56,7 @@ def route_reference(
 
 
 @jit
-def _keys(b_x, o_index):
+def keys(b_x, o_index):
     """int64 that order as the numbers do, NaN above all; of equal ones the first index is above."""
     b_x = tl.where(b_x == 0.0, 0.0, b_x)  # -0 is 0
     b_bits = b_x.to(tl.int32, bitcast=True)
@@ -70,6 +70,32 @@ def _numbers(b_keys):
     """What keys were made of."""
     b_bits = (b_keys >> 32).to(tl.int32)
     return tl.where(b_bits < 0, b_bits ^ 0x7FFFFFFF, b_bits).to(tl.float32, bitcast=True)
+
+
+@jit
+def indices(b_keys):
+    """Of which indices keys were made."""
+    return 0x7FFFFFFF - (b_keys & 0x7FFFFFFF).to(tl.int32)
+
+
+@jit
+def greatest(b_keys, NONE: tl.constexpr, TOP: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The TOP greatest keys of [G, S] in their order, [BLOCK_K]; NONE is below every key."""
+    o_k = tl.arange(0, BLOCK_K)
+    b_best = tl.zeros((BLOCK_K,), tl.int64)
+    for k in range(TOP):
+        best = tl.max(tl.max(b_keys, 1), 0)
+        b_best = tl.where(o_k == k, best, b_best)
+        b_keys = tl.where(b_keys == best, NONE, b_keys)
+    return b_best
+
+
+@jit
+def softmax(b_keys, m_k):
+    """Of the logits that keys were made of, 0 outside m_k; all NaN where a logit is."""
+    b_w = tl.where(m_k, _numbers(b_keys), -float("inf"))
+    b_w = tl.where(m_k, tl.exp(b_w - tl.max(b_w)), 0.0)
+    return b_w / tl.sum(b_w)
 
 
 @jit
@@ -124,11 +150,11 @@ def _route_kernel(
         b_x = tl.load(p_x + o_e, mask=m_e, other=0.0).to(tl.float32)
     if SIGMOID:
         b_x = tl.sigmoid(b_x) + tl.load(bias_ptr + o_e, mask=m_e, other=0.0)
-    b_keys = tl.where(m_e, _keys(b_x, o_e), NONE)
+    b_keys = tl.where(m_e, keys(b_x, o_e), NONE)
     if TOP_GROUPS < GROUPS:
         b_best = tl.max(b_keys, 1)
         b_next = tl.max(tl.where(b_keys == b_best[:, None], NONE, b_keys), 1)
-        b_sums = _keys(_numbers(b_best) + _numbers(b_next), o_g)  # [G]
+        b_sums = keys(_numbers(b_best) + _numbers(b_next), o_g)  # [G]
         b_sums = tl.where(o_g < GROUPS, b_sums, NONE)
         b_kept = o_g < 0
         for _ in range(TOP_GROUPS):
@@ -136,12 +162,8 @@ def _route_kernel(
             b_kept = b_kept | b_found
             b_sums = tl.where(b_found, NONE, b_sums)
         b_keys = tl.where(b_kept[:, None], b_keys, NONE)
-    b_bests = tl.zeros((BLOCK_K,), tl.int64)
-    for k in range(TOP):
-        best = tl.max(tl.max(b_keys, 1), 0)
-        b_bests = tl.where(o_k == k, best, b_bests)
-        b_keys = tl.where(b_keys == best, NONE, b_keys)
-    b_ids = 0x7FFFFFFF - (b_bests & 0x7FFFFFFF).to(tl.int32)
+    b_chosen = greatest(b_keys, NONE, TOP, BLOCK_K)
+    b_ids = indices(b_chosen)
     m_k = o_k < TOP
     if SIGMOID:
         b_w = tl.load(p_x + b_ids, mask=m_k, other=0.0).to(tl.float32)
@@ -149,9 +171,7 @@ def _route_kernel(
         if NORMED:
             b_w /= tl.sum(b_w) + LEAST
     else:
-        b_w = tl.where(m_k, _numbers(b_bests), -float("inf"))
-        b_w = tl.where(m_k, tl.exp(b_w - tl.max(b_w)), 0.0)  # all NaN where a logit is
-        b_w /= tl.sum(b_w)
+        b_w = softmax(b_chosen, m_k)
     tl.store(ids_ptr + i_t * TOP + o_k, b_ids, mask=m_k)
     tl.store(weights_ptr + i_t * TOP + o_k, b_w * factor, mask=m_k)
 
@@ -238,15 +258,21 @@ def choose(
     return (_triton if ours else _torch)(logits, bias, choice)
 
 
+def fused(h: torch.Tensor, router: torch.Tensor) -> bool:
+    """Whether the program that chooses a token's experts by softmax makes its logits too."""
+    if not h.is_cuda or router.nbytes > MOST_BYTES or len(h) > MOST_TOKENS:
+        return False
+    tuning = route_tuning(h.device, len(router))
+    return tuning is not None and tuning.fused
+
+
 def route(
     h: torch.Tensor, router: torch.Tensor, bias: torch.Tensor | None, choice: Choice
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """h [T, D], router [E, D], in whose dtype logits are; the rest as in choose."""
     E, D = router.shape
     assert h.shape[1] == D and h.stride(1) == 1 and router.is_contiguous()
-    tuning = route_tuning(h.device, E) if h.is_cuda else None
-    small = bias is None and router.nbytes <= MOST_BYTES and len(h) <= MOST_TOKENS
-    if small and tuning is not None and tuning.fused:
+    if bias is None and fused(h, router):
         assert 1 <= choice.top <= E and choice == Choice(choice.top)
         return _triton(h, None, choice, router)
     return choose(F.linear(h.to(router.dtype), router), bias, choice)

@@ -6,6 +6,7 @@ import torch
 
 from kernels.experts import moe
 from kernels.fused_linear import pair_linear
+from kernels.join import Rows
 from kernels.linear import linear
 from model.weights import Parameters
 
@@ -34,7 +35,7 @@ class Experts:
 
     def __call__(
         self, h: torch.Tensor, ids: torch.Tensor | None, weights: torch.Tensor | None
-    ) -> torch.Tensor:
+    ) -> Rows:
         """h [T, D], ids and weights [T, K] (None: there is one expert) -> [T, D]."""
         return moe(h, self.gate_up, self.down, ids, weights)
 

@@ -1,7 +1,8 @@
 """Mixtures of experts at decoding: choosing, sorting and both products of so many tokens.
 
 The floor is one read of the weights of the experts that the tokens meet, and of the tokens in and
-out. Works take turns over layers and tokens, so that no expert is still in the cache.
+out. Works take turns over layers and tokens, so that no expert is still in the cache. Residuals
+before and after a mixture stand beside the same by a kernel each, from the cache.
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ import torch
 from benchmarks.mixtures import DEVICE, SHAPES, Layers, Mixture
 from benchmarks.result import Row
 from benchmarks.timing import milliseconds
+from kernels.fused_linear import Residual
+from kernels.join import Parts, join
 from kernels.quantize import Quantized
-from kernels.routing import route
+from kernels.residual_rmsnorm import residual_rmsnorm
+from kernels.residual_route import residual_route
+from kernels.routing import Choice, route
 from kernels.tuning import MixtureTuning, mixture_tuning
 
 TOKENS = 1, 8, 64, 256, 512
@@ -38,9 +43,50 @@ class Step:
             self.mixture.run(turn, tuning, routed)
 
 
+def residuals(bandwidth: float) -> list[Row]:
+    """The residual in front of the first shape's mixture with the choice, and that behind it with
+    the sum of the parts, each beside kernels one by one."""
+    shape, result = SHAPES[0], []
+    choice, K, D = Choice(shape.choice.top), shape.choice.top, shape.D
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device=DEVICE, dtype=torch.bfloat16)
+
+    router, weight, scales = random(shape.E, D) * D**-0.5, random(D), (3.5, 1.0)
+    for T in TOKENS:
+        x, f, parts = random(T, D), random(T, D), Parts(random(T * K, D), random(T, K).float())
+        before = Residual(x, f, weight, 1e-5, *scales, post=True)
+
+        def apart(before: Residual = before) -> None:
+            _, h = before.normed()
+            route(h, router, None, choice)
+
+        def joined(x: torch.Tensor = x, parts: Parts = parts) -> None:
+            residual_rmsnorm(x, join(parts), *scales, weight, 1e-5)
+
+        chosen = partial(residual_route, before, router, choice)
+        summed = partial(residual_rmsnorm, x, parts, *scales, weight, 1e-5)
+        row = T * D * 2
+        for name, size, work, other in (
+            ("residual, norm and choice of experts", 3 * row + router.nbytes, chosen, apart),
+            ("sum of experts, residual and norm", (K + 2) * row, summed, joined),
+        ):
+            result.append(
+                Row(
+                    work=f"{name} of {shape.name}, {T} tokens",
+                    value=milliseconds(work),
+                    unit="ms",
+                    better="lower",
+                    floor=size / bandwidth * 1e3,
+                    peers={"separate kernels": milliseconds(other)},
+                )
+            )
+    return result
+
+
 def rows(bandwidth: float, deadline: float) -> list[Row]:
     """As kernels/tuning.json has it, beside grouped products."""
-    result = []
+    result = residuals(bandwidth)
     for shape in SHAPES:
         for codes in (None, torch.int8):
             layers = Layers(shape, codes)

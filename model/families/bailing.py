@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.fused_linear import Residual, gate_linear, residual_linear
+from kernels.join import Rows, join
 from kernels.linear import linear
 from kernels.logits import residual_logits
 from kernels.rotary import norm_rotary, rotary_angles
@@ -236,9 +237,9 @@ class Routed:
                 parameters, shared, NAMES, hidden=config.hidden, width=config.shared_width
             )
 
-    def __call__(self, h: torch.Tensor) -> torch.Tensor:
+    def __call__(self, h: torch.Tensor) -> Rows:
         y = self.experts(h, *route(h, self.router, self.bias, self.choice))
-        return y if self.shared is None else y.add_(self.shared(h))
+        return y if self.shared is None else join(y).add_(self.shared(h))
 
 
 def feed_forward(config: BailingConfig, index: int, parameters: Parameters) -> Dense:

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from kernels.fused_linear import Residual, gate_linear, residual_linear
+from kernels.join import Rows
 from kernels.linear import linear
 from kernels.logits import residual_logits
-from kernels.residual_rmsnorm import residual_rmsnorm
+from kernels.residual_route import residual_route
 from kernels.rotary import rotary, rotary_angles
-from kernels.routing import Choice, route
+from kernels.routing import Choice
 from model.attention import Softmax, page_fields, window_fields
 from model.batch import Batch
 from model.config import Fields
@@ -248,10 +249,12 @@ class Routed:
             width=config.intermediate,
         )
 
-    def __call__(self, h: torch.Tensor) -> torch.Tensor:
+    def __call__(self, residual: Residual) -> tuple[torch.Tensor, Rows]:
         if len(self.router) == 1:
-            return self.experts(h, None, None)
-        return self.experts(h, *route(h, self.router, None, self.choice))
+            h, _ = residual.normed()
+            return h, self.experts(h, None, None)
+        h, ids, weights = residual_route(residual, self.router, self.choice)
+        return h, self.experts(h, ids, weights)
 
 
 class MiniMax:
@@ -343,8 +346,8 @@ class MiniMax:
         """What follows the mixer of layer i."""
         c = self.config
         alpha, beta = c.alpha_beta[c.layers[i]]
-        h = residual_rmsnorm(h, mixed, alpha, beta, self.middle_norms[i], c.eps)
-        expanded = self.experts[i](h)
+        residual = Residual(h, mixed, self.middle_norms[i], c.eps, alpha, beta, post=True)
+        h, expanded = self.experts[i](residual)
         alpha, beta = c.alpha_beta["mlp"]
         return Residual(h, expanded, self.norms[i + 1], c.eps, alpha, beta, post=True)
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from kernels import residual_rmsnorm as module
+from kernels.join import Parts, join
 from kernels.residual_rmsnorm import add_rmsnorm_, residual_rmsnorm, residual_rmsnorm_reference
 from kernels.rmsnorm import rmsnorm, rmsnorm_reference
 from kernels.rmsnorm_gate import rmsnorm_gate, rmsnorm_gate_reference
@@ -51,6 +53,38 @@ def test_residual_rmsnorm(device, T, D, dtype):
     y = residual_rmsnorm(x, f, 3.5, 0.7, weight, 1e-5, out_dtype=torch.float32)
     assert y.dtype == torch.float32
     assert error(y, expected) <= 2e-6
+
+
+def ours_serve(device):
+    """Whether the kernel computes: PyTorch's sums depend on how many there are."""
+    return device.type == "cuda" or module._torch is module._triton
+
+
+@pytest.mark.parametrize(
+    ("T", "D", "K"), [(1, 100, 1), (3, 64, 2), (63, 64, 4), (5, 781, 8), (2, 2048, 2)]
+)
+@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+def test_parts_are_added_up_on_the_way(device, T, D, K, placed, keep, dtype):
+    """Bit for bit as by join before, and a row alone as among others."""
+    x, z = rows(T, D, dtype, device), torch.randn(T * K, D, device=device).to(dtype)
+    shares, weight = torch.rand(T, K, device=device), torch.randn(D, device=device).to(dtype)
+    parts = Parts(z, shares, torch.randperm(T * K, device=device) if placed else None)
+
+    def normed(x, f):
+        x = x.clone()
+        if keep:
+            return add_rmsnorm_(x, f, weight, 1e-5), x
+        return residual_rmsnorm(x, f, 3.5, 0.7, weight, 1e-5), x
+
+    found = normed(x, parts)
+    for ours, theirs in zip(found, normed(x, join(parts)), strict=True):
+        assert torch.equal(ours, theirs)
+    for t in {0, T // 2, T - 1}:
+        where = parts.place[t * K : t * K + K] if placed else slice(t * K, t * K + K)
+        alone = normed(x[t : t + 1], Parts(z[where], shares[t : t + 1]))
+        for ours, theirs in zip(alone, found, strict=True):
+            assert error(ours, theirs[t : t + 1]) <= (0 if ours_serve(device) else BOUND[dtype])
 
 
 @WIDTHS
