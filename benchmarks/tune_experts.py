@@ -20,26 +20,58 @@ TOKENS = [1 << n for n in range(10)]
 LIMIT = 8e-3  # of what is rounded to bfloat16 up to four times on its way
 ROWS = [(2, 2048, 4, 1), (4, 1024, 4, 1), (4, 2048, 4, 1), (8, 512, 4, 1), (8, 512, 4, 4)]
 SHORT_ROWS = [(4, 512, 2, 1), (8, 512, 2, 1), (8, 512, 4, 1), (16, 512, 4, 1)]
-# by the greatest mean number of rows an expert that they are for
+# by the greatest mean number of rows an expert that they are for. Large ones are such that programs
+# for the experts of minimax-2b are all on the card at once, or fill it twice, and spill nothing
 TILES = {
     8: [(16, 32, 128, 4, 4), (16, 64, 128, 4, 3), (16, 64, 64, 4, 5), (16, 32, 64, 4, 6)],
-    32: [
+    16: [
         (16, 64, 128, 4, 3),
         (32, 32, 128, 4, 3),
         (32, 64, 128, 4, 3),
-        (32, 64, 64, 4, 4),
+        (32, 64, 64, 4, 5),
+        (32, 128, 64, 8, 5),
+        (64, 32, 128, 4, 3),
         (64, 64, 64, 4, 4),
-        (64, 64, 64, 4, 3),
+        (64, 64, 128, 4, 2),
     ],
-    1 << 30: [
+    32: [
         (32, 64, 128, 4, 3),
-        (64, 32, 64, 4, 4),
+        (16, 64, 128, 4, 3),
+        (32, 128, 128, 8, 3),
+        (64, 32, 128, 4, 3),
         (64, 64, 64, 4, 4),
-        (64, 64, 64, 4, 3),
+        (64, 64, 128, 4, 2),
+        (64, 64, 128, 4, 3),
+        (64, 128, 64, 8, 4),
+        (64, 128, 64, 8, 5),
+        (64, 128, 128, 8, 2),
+    ],
+    64: [
         (64, 128, 64, 8, 3),
+        (64, 64, 64, 4, 4),
+        (64, 64, 128, 4, 3),
+        (64, 128, 64, 8, 4),
+        (64, 128, 64, 8, 5),
+        (128, 32, 64, 4, 4),
+        (128, 64, 64, 4, 3),
         (128, 64, 64, 8, 3),
         (128, 64, 64, 8, 4),
+        (128, 64, 128, 8, 3),
         (128, 128, 64, 8, 3),
+        (128, 128, 64, 8, 4),
+    ],
+    1 << 30: [
+        (64, 128, 64, 8, 3),
+        (64, 128, 64, 8, 4),
+        (64, 64, 64, 4, 4),
+        (128, 64, 64, 4, 3),
+        (128, 64, 64, 8, 3),
+        (128, 64, 64, 8, 4),
+        (128, 64, 128, 8, 3),
+        (128, 128, 64, 8, 3),
+        (128, 128, 64, 8, 4),
+        (256, 64, 64, 8, 3),
+        (256, 64, 64, 8, 4),
     ],
 }
 
@@ -63,10 +95,9 @@ def tune_mixture(name: str, mixture: Mixture, rows: int, deadline: float) -> dic
 
     rule = {"limit": LIMIT, "measure": timed(work), "deadline": deadline}
     find = partial(best, name, check=partial(mixture.check, due=expected), **rule)
-    usual = ProductTuning(16, 64, 64, 4, 3)
-    ups = products(rows, shape.E, shape.D)
-    up = find([MixtureTuning(each, usual if each.rows == 1 else each) for each in ups]).up
-    downs = products(rows, shape.E, shape.width)
+    ups, downs = (products(rows, shape.E, inputs) for inputs in (shape.D, shape.width))
+    usual = next(each for each in downs if each.rows > 1)
+    up = find([MixtureTuning(each, usual) for each in ups]).up
     chosen = find([None, *(MixtureTuning(up, down) for down in downs)])
     return None if chosen is None else asdict(chosen)
 
