@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import torch
 
+from kernels import expert_tiles_hopper
+from kernels.expert_tiles_hopper import LEAST
 from kernels.grouped_gemm import most_tiles, rows_of, tiles_of
 from kernels.join import join
 from kernels.language import dot_precision, early, jit, next_power_of_2, start_early, tl
 from kernels.quantize import Quantized, Weight
 from kernels.tuning import ProductTuning
-
-LEAST = 64  # rows that warp groups multiply: fewer are other instructions', with other sums
 
 
 @jit
@@ -133,6 +133,10 @@ def _product(
     assert x.shape[1] == D and x.stride(1) == 1 and codes.is_contiguous() and R % len(x) == 0
     assert ends.shape == (E,) and ends.dtype == torch.int32 and order.is_contiguous()
     y = torch.empty(R, N, dtype=x.dtype, device=x.device)
+    if tuning.bulk and expert_tiles_hopper.able(w):
+        assert isinstance(w, torch.Tensor)
+        expert_tiles_hopper.product(x, w, order, ends, tuning, y)
+        return y
     _product_kernel[(most_tiles(R, E, tuning.rows) * -(-N // tuning.outputs),)](
         x,
         codes,

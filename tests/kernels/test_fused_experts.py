@@ -23,6 +23,9 @@ TUNINGS = {
     "large-tiles": MixtureTuning(
         ProductTuning(64, 64, 64, 4, 3), ProductTuning(128, 128, 64, 8, 3)
     ),
+    "bulk": MixtureTuning(
+        ProductTuning(32, 32, 32, 4, 3, True), ProductTuning(64, 64, 32, 4, 3, True)
+    ),
 }
 BOUND = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -77,6 +80,7 @@ def test_mixture(device, name, T, E, K, D, width, whole):
         ("large-tiles", 9, 256, 8),
         ("tiles", 257, 8, 2),
         ("large-tiles", 257, 1, 1),
+        ("bulk", 257, 8, 2),
     ],
 )
 def test_many_rows(device, name, T, E, K):
@@ -101,6 +105,9 @@ def test_all_rows_to_one_expert(device, name):
         ProductTuning(128, 64, 32, 4, 3),
         ProductTuning(128, 128, 32, 8, 4),
         ProductTuning(256, 64, 32, 8, 3),
+        ProductTuning(64, 64, 32, 4, 4, True),
+        ProductTuning(128, 128, 32, 8, 4, True),
+        ProductTuning(256, 64, 32, 8, 3, True),
     ],
     ids=lambda tile: "x".join(map(str, astuple(tile))),
 )
