@@ -23,8 +23,8 @@ LIMIT = 8e-3  # of what is rounded to bfloat16 up to four times on its way
 ROWS = [(2, 2048, 4, 1), (4, 1024, 4, 1), (4, 2048, 4, 1), (8, 512, 4, 1), (8, 512, 4, 4)]
 SHORT_ROWS = [(4, 512, 2, 1), (8, 512, 2, 1), (8, 512, 4, 1), (16, 512, 4, 1)]
 BULK = True  # copies of weights
-# by the greatest mean number of rows an expert that they are for. Large ones are such that programs
-# for the experts of minimax-2b are all on the card at once, or fill it twice, and spill nothing
+# by the greatest mean number of rows an expert that they are for; no program spills, and those of
+# most large tiles are on the card all at once, for the experts of minimax-2b
 TILES: dict[int, list[tuple[int, ...]]] = {
     8: [(16, 32, 128, 4, 4), (16, 64, 128, 4, 3), (16, 64, 64, 4, 5), (16, 32, 64, 4, 6)],
     16: [
@@ -70,9 +70,9 @@ TILES: dict[int, list[tuple[int, ...]]] = {
     1 << 30: [
         (64, 128, 64, 8, 3),
         (128, 64, 64, 8, 3),
+        (128, 64, 64, 8, 4),
         (128, 128, 64, 8, 3),
         (128, 128, 64, 8, 4),
-        (256, 64, 64, 8, 4),
         (64, 128, 64, 8, 4, BULK),
         (128, 64, 64, 4, 3, BULK),
         (128, 64, 64, 8, 3, BULK),
