@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -13,45 +13,91 @@ import torch.nn.functional as F
 from benchmarks.candidates import Found, best, due, error, timed
 from benchmarks.mixtures import DEVICE, SHAPES, Layers, Mixture, Shape
 from kernels import routing
+from kernels.expert_tiles_hopper import able
+from kernels.language import HOPPER
 from kernels.routing import route_reference
-from kernels.tuning import MixtureTuning, ProductTuning, RouteTuning, mixture_class
+from kernels.tuning import MixtureTuning, ProductTuning, RouteTuning, card, mixture_class
 
 TOKENS = [1 << n for n in range(10)]
 LIMIT = 8e-3  # of what is rounded to bfloat16 up to four times on its way
 ROWS = [(2, 2048, 4, 1), (4, 1024, 4, 1), (4, 2048, 4, 1), (8, 512, 4, 1), (8, 512, 4, 4)]
 SHORT_ROWS = [(4, 512, 2, 1), (8, 512, 2, 1), (8, 512, 4, 1), (16, 512, 4, 1)]
-# by the greatest mean number of rows an expert that they are for
-TILES = {
+BULK = True  # copies of weights
+# by the greatest mean number of rows an expert that they are for; no program spills, and those of
+# most large tiles are on the card all at once, for the experts of minimax-2b
+TILES: dict[int, list[tuple[int, ...]]] = {
     8: [(16, 32, 128, 4, 4), (16, 64, 128, 4, 3), (16, 64, 64, 4, 5), (16, 32, 64, 4, 6)],
-    32: [
+    16: [
         (16, 64, 128, 4, 3),
         (32, 32, 128, 4, 3),
         (32, 64, 128, 4, 3),
-        (32, 64, 64, 4, 4),
+        (32, 64, 64, 4, 5),
         (64, 64, 64, 4, 4),
-        (64, 64, 64, 4, 3),
+        (32, 64, 128, 4, 3, BULK),
+        (32, 64, 64, 4, 5, BULK),
+        (64, 32, 128, 4, 3, BULK),
+        (64, 64, 64, 4, 4, BULK),
+        (64, 64, 128, 4, 2, BULK),
+    ],
+    32: [
+        (32, 64, 128, 4, 3),
+        (16, 64, 128, 4, 3),
+        (64, 64, 64, 4, 4),
+        (64, 64, 128, 4, 2),
+        (64, 128, 64, 8, 4),
+        (64, 32, 128, 4, 3, BULK),
+        (64, 64, 64, 4, 4, BULK),
+        (64, 64, 128, 4, 2, BULK),
+        (64, 64, 128, 4, 3, BULK),
+        (64, 128, 64, 8, 4, BULK),
+        (64, 128, 64, 8, 5, BULK),
+        (64, 128, 128, 8, 2, BULK),
+    ],
+    64: [
+        (64, 128, 64, 8, 3),
+        (64, 128, 64, 8, 4),
+        (128, 64, 64, 8, 3),
+        (128, 64, 64, 8, 4),
+        (128, 128, 64, 8, 4),
+        (64, 64, 64, 4, 4, BULK),
+        (64, 128, 64, 8, 5, BULK),
+        (128, 64, 64, 4, 3, BULK),
+        (128, 64, 64, 8, 3, BULK),
+        (128, 64, 64, 8, 4, BULK),
+        (128, 64, 128, 8, 3, BULK),
+        (128, 128, 64, 8, 4, BULK),
     ],
     1 << 30: [
-        (32, 64, 128, 4, 3),
-        (64, 32, 64, 4, 4),
-        (64, 64, 64, 4, 4),
-        (64, 64, 64, 4, 3),
         (64, 128, 64, 8, 3),
         (128, 64, 64, 8, 3),
         (128, 64, 64, 8, 4),
         (128, 128, 64, 8, 3),
+        (128, 128, 64, 8, 4),
+        (64, 128, 64, 8, 4, BULK),
+        (128, 64, 64, 4, 3, BULK),
+        (128, 64, 64, 8, 3, BULK),
+        (128, 64, 64, 8, 4, BULK),
+        (128, 128, 64, 8, 4, BULK),
+        (256, 64, 64, 8, 3, BULK),
+        (256, 64, 64, 8, 4, BULK),
     ],
 }
 
 
-def products(rows: int, E: int, inputs: int) -> list[ProductTuning]:
-    """Candidates for so many rows, and as many inputs."""
+def products(rows: int, E: int, inputs: int, bulk: bool) -> list[ProductTuning]:
+    """Candidates for so many rows, and as many inputs; of weights that bulk copies can read?"""
     found = []
     if rows <= max(16, E // 2):  # more meet too many experts more than once
         alone = ROWS if inputs > 512 else SHORT_ROWS
         found = [ProductTuning(1, *each) for each in alone]
     least = min(most for most in TILES if rows <= most * E)
-    return found + [ProductTuning(*each) for each in TILES[least]]
+    tiles = [ProductTuning(*each) for each in TILES[least]]
+    return found + [each for each in tiles if bulk or not each.bulk]
+
+
+def other_way(tuning: ProductTuning, bulk: bool) -> list[ProductTuning]:
+    """The same tiles by the other way of copying weights, where there is one."""
+    return [replace(tuning, bulk=not tuning.bulk)] if bulk and tuning.rows > 1 else []
 
 
 def tune_mixture(name: str, mixture: Mixture, rows: int, deadline: float) -> dict[str, Any] | None:
@@ -63,11 +109,15 @@ def tune_mixture(name: str, mixture: Mixture, rows: int, deadline: float) -> dic
 
     rule = {"limit": LIMIT, "measure": timed(work), "deadline": deadline}
     find = partial(best, name, check=partial(mixture.check, due=expected), **rule)
-    usual = ProductTuning(16, 64, 64, 4, 3)
-    ups = products(rows, shape.E, shape.D)
-    up = find([MixtureTuning(each, usual if each.rows == 1 else each) for each in ups]).up
-    downs = products(rows, shape.E, shape.width)
+    bulk = card(DEVICE) >= HOPPER and all(map(able, mixture.layers.weights[0]))
+    ups, downs = (products(rows, shape.E, D, bulk) for D in (shape.D, shape.width))
+    usual = next(each for each in downs if each.rows > 1)
+    up = find([MixtureTuning(each, usual) for each in ups]).up
+    up = find([MixtureTuning(each, usual) for each in (up, *other_way(up, bulk))]).up
     chosen = find([None, *(MixtureTuning(up, down) for down in downs)])
+    if chosen is not None:
+        others = [MixtureTuning(up, down) for down in other_way(chosen.down, bulk)]
+        chosen = find([chosen, *others])
     return None if chosen is None else asdict(chosen)
 
 

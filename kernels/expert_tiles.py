@@ -10,11 +10,69 @@ from __future__ import annotations
 
 import torch
 
-from kernels.grouped_gemm import most_tiles, rows_of
+from kernels import expert_tiles_hopper
+from kernels.expert_tiles_hopper import LEAST
+from kernels.grouped_gemm import most_tiles, rows_of, tiles_of
 from kernels.join import Parts
 from kernels.language import dot_precision, early, jit, next_power_of_2, start_early, tl
 from kernels.quantize import Quantized, Weight
 from kernels.tuning import ProductTuning
+
+
+@jit
+def _tile(
+    x_ptr,
+    w_ptr,
+    scales_ptr,
+    y_ptr,
+    order_ptr,
+    i_e,
+    i_n,
+    begin,
+    end,
+    N,
+    D,
+    x_stride,
+    SHARE: tl.constexpr,
+    GATED: tl.constexpr,
+    SCALED: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rows `begin` and those after it, up to BLOCK_M and to `end`, by BLOCK_N outputs."""
+    o_m = begin + tl.arange(0, BLOCK_M)
+    m_m = o_m < end  # nothing is read of rows beyond
+    o_r = tl.load(order_ptr + o_m, mask=m_m, other=0).to(tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
+    SETS: tl.constexpr = 2 if GATED else 1  # gate and up by turns: a thread has both of an output
+    o_c = tl.arange(0, SETS * BLOCK_N)
+    o_w = i_n * BLOCK_N + o_c // SETS
+    o_w = tl.where(o_w < N, o_w, 0) + o_c % SETS * N
+    o_w += i_e.to(tl.int64) * SETS * N  # rows of w
+    p_x = x_ptr + (o_r // SHARE)[:, None] * x_stride + o_d  # [M, D]
+    p_w = w_ptr + o_w * D + o_d[:, None]  # [D, SETS N]
+    b_y = tl.zeros((BLOCK_M, SETS * BLOCK_N), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        if EVEN:
+            b_x, b_w = tl.load(p_x, mask=m_m[:, None], other=0.0), tl.load(p_w)
+        else:
+            b_x = tl.load(p_x, mask=m_m[:, None] & (o_d < D - d), other=0.0)
+            b_w = tl.load(p_w, mask=(o_d < D - d)[:, None], other=0)
+        b_y = tl.dot(b_x, b_w.to(b_x.dtype), b_y, input_precision=PRECISION)
+        p_x += BLOCK_D
+        p_w += BLOCK_D
+    if SCALED:
+        b_y *= tl.load(scales_ptr + o_w)
+    if GATED:
+        b_gate, b_up = tl.split(tl.reshape(b_y, (BLOCK_M, BLOCK_N, 2)))
+        b_y = b_gate * tl.sigmoid(b_gate) * b_up
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    p_y = y_ptr + o_r[:, None] * N + o_n
+    tl.store(p_y, b_y.to(y_ptr.dtype.element_ty), mask=m_m[:, None] & m_n)
 
 
 @jit
@@ -33,6 +91,7 @@ def _product_kernel(
     GATED: tl.constexpr,
     SCALED: tl.constexpr,
     EVEN: tl.constexpr,
+    HALVES: tl.constexpr,
     EARLY: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -41,42 +100,23 @@ def _product_kernel(
     PRECISION: tl.constexpr,
 ):
     """BLOCK_M rows of one expert by BLOCK_N outputs. SHARE rows of y in turn are made of one of x.
-    GATED: w has N rows of gate and N of up, and the outputs are silu(gate) * up."""
+    GATED: w has N rows of gate and N of up, and the outputs are silu(gate) * up. HALVES: a tile
+    whose rows fill no more than half of it is multiplied as one of half as many.
+
+    There are programs for as many tiles of rows as there can be. Those of an expert lie side by
+    side, so that weights are read once; those without a tile come last, so that all others begin
+    together."""
     start_early(EARLY)
-    i_n = tl.program_id(1)  # tiles of an expert lie side by side, so that weights are read once
-    i_e, begin, end, o_m = rows_of(tl.program_id(0), ends_ptr, E, BLOCK_E, BLOCK_M)
-    if i_e >= E:
+    tiles = tiles_of(ends_ptr, E, BLOCK_E, BLOCK_M)
+    i_m, i_n = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    if i_n * BLOCK_N >= N:
         return
-    m_m = o_m < end
-    o_m = tl.where(m_m, o_m, begin)  # rows beyond are read as another, and not written
-    o_r = tl.load(order_ptr + o_m).to(tl.int64)
-    o_d = tl.arange(0, BLOCK_D)
-    SETS: tl.constexpr = 2 if GATED else 1  # gate and up by turns: a thread has both of an output
-    o_c = tl.arange(0, SETS * BLOCK_N)
-    o_w = i_n * BLOCK_N + o_c // SETS
-    o_w = tl.where(o_w < N, o_w, 0) + o_c % SETS * N
-    o_w += i_e.to(tl.int64) * SETS * N  # rows of w
-    p_x = x_ptr + (o_r // SHARE)[:, None] * x_stride + o_d  # [M, D]
-    p_w = w_ptr + o_w * D + o_d[:, None]  # [D, SETS N]
-    b_y = tl.zeros((BLOCK_M, SETS * BLOCK_N), tl.float32)
-    for d in range(0, D, BLOCK_D):
-        if EVEN:
-            b_x, b_w = tl.load(p_x), tl.load(p_w)
-        else:
-            b_x = tl.load(p_x, mask=(o_d < D - d)[None, :], other=0.0)
-            b_w = tl.load(p_w, mask=(o_d < D - d)[:, None], other=0)
-        b_y = tl.dot(b_x, b_w.to(b_x.dtype), b_y, input_precision=PRECISION)
-        p_x += BLOCK_D
-        p_w += BLOCK_D
-    if SCALED:
-        b_y *= tl.load(scales_ptr + o_w)
-    if GATED:
-        b_gate, b_up = tl.split(tl.reshape(b_y, (BLOCK_M, BLOCK_N, 2)))
-        b_y = b_gate * tl.sigmoid(b_gate) * b_up
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_n < N
-    p_y = y_ptr + o_r[:, None] * N + o_n
-    tl.store(p_y, b_y.to(y_ptr.dtype.element_ty), mask=m_m[:, None] & m_n)
+    i_e, begin, end = rows_of(i_m, ends_ptr, E, BLOCK_E, BLOCK_M)
+    of = x_ptr, w_ptr, scales_ptr, y_ptr, order_ptr, i_e, i_n, begin, end, N, D, x_stride
+    if HALVES and end - begin <= BLOCK_M // 2:
+        _tile(*of, SHARE, GATED, SCALED, EVEN, BLOCK_M // 2, BLOCK_N, BLOCK_D, PRECISION)
+    else:
+        _tile(*of, SHARE, GATED, SCALED, EVEN, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
 
 
 def _product(
@@ -93,7 +133,11 @@ def _product(
     assert x.shape[1] == D and x.stride(1) == 1 and codes.is_contiguous() and R % len(x) == 0
     assert ends.shape == (E,) and ends.dtype == torch.int32 and order.is_contiguous()
     y = torch.empty(R, N, dtype=x.dtype, device=x.device)
-    _product_kernel[(most_tiles(R, E, tuning.rows), -(-N // tuning.outputs))](
+    if tuning.bulk and expert_tiles_hopper.able(w):
+        assert isinstance(w, torch.Tensor)
+        expert_tiles_hopper.product(x, w, order, ends, tuning, y)
+        return y
+    _product_kernel[(most_tiles(R, E, tuning.rows) * -(-N // tuning.outputs),)](
         x,
         codes,
         scales,
@@ -108,6 +152,7 @@ def _product(
         GATED=gated,
         SCALED=scales is not None,
         EVEN=D % tuning.inputs == 0,
+        HALVES=tuning.rows >= 2 * LEAST,
         BLOCK_E=next_power_of_2(E),
         BLOCK_M=tuning.rows,
         BLOCK_N=tuning.outputs,

@@ -27,20 +27,30 @@ def grouped_gemm_reference(x: Weight, w: Quantized, ends: torch.Tensor) -> torch
 
 
 @jit
-def rows_of(i_m, ends_ptr, E, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
-    """A tile's group, where the group's rows begin and end, and the tile's rows [M]. There are as
-    many tiles as there can be: beyond the last is a group beyond the last."""
+def groups_of(ends_ptr, E, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Where groups begin and end, and tiles of rows up to the end of each [E]."""
     o_e = tl.arange(0, BLOCK_E)
-    b_end = tl.load(ends_ptr + o_e, mask=o_e < E, other=0)  # [E]
+    b_end = tl.load(ends_ptr + o_e, mask=o_e < E, other=0)
     b_begin = tl.load(ends_ptr + o_e - 1, mask=(o_e > 0) & (o_e < E), other=0)
-    b_tiles = (b_end - b_begin + BLOCK_M - 1) // BLOCK_M
-    b_last = tl.cumsum(b_tiles)
+    return b_begin, b_end, tl.cumsum((b_end - b_begin + BLOCK_M - 1) // BLOCK_M)
+
+
+@jit
+def tiles_of(ends_ptr, E, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
+    """How many tiles of rows there are."""
+    return tl.max(groups_of(ends_ptr, E, BLOCK_E, BLOCK_M)[2])
+
+
+@jit
+def rows_of(i_m, ends_ptr, E, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
+    """A tile's group, the tile's first row, and where the group's rows end. Beyond the last tile is
+    a group beyond the last."""
+    b_begin, b_end, b_last = groups_of(ends_ptr, E, BLOCK_E, BLOCK_M)
     i_e = tl.sum((b_last <= i_m).to(tl.int32))
-    mine = o_e == i_e
-    begin = tl.sum(tl.where(mine, b_begin, 0))
-    end = tl.sum(tl.where(mine, b_end, 0))
-    first = tl.sum(tl.where(mine, b_last - b_tiles, 0))
-    return i_e, begin, end, begin + (i_m - first) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mine = tl.arange(0, BLOCK_E) == i_e
+    before = tl.max(tl.where(b_last <= i_m, b_last, 0))
+    begin = tl.sum(tl.where(mine, b_begin, 0)) + (i_m - before) * BLOCK_M
+    return i_e, begin, tl.sum(tl.where(mine, b_end, 0))
 
 
 def most_tiles(R: int, E: int, BLOCK_M: int) -> int:
@@ -84,12 +94,12 @@ def _grouped_gemm_kernel(
     height = tl.minimum(tiles_m - i_group * GROUP, GROUP)
     i_m, i_n = i_group * GROUP + i_in_group % height, i_in_group // height
     if ONE:
-        i_e, begin, end = 0, 0, R
-        o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        i_e, begin, end = 0, i_m * BLOCK_M, R
     else:
-        i_e, begin, end, o_m = rows_of(i_m, ends_ptr, E, BLOCK_E, BLOCK_M)
+        i_e, begin, end = rows_of(i_m, ends_ptr, E, BLOCK_E, BLOCK_M)
     if i_e >= E:
         return
+    o_m = begin + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
     m_m, m_n = o_m < end, o_n < N

@@ -117,14 +117,16 @@ class RouteTuning:
 
 @dataclass(slots=True, frozen=True)
 class ProductTuning:
-    """Products of an expert: rows, outputs and inputs at a time, warps, stages of its loop. One row
-    at a time asks for no order of rows."""
+    """Products of an expert: rows, outputs and inputs at a time, warps, stages of its loop; whether
+    Hopper's bulk copies bring the weights, where they can. One row at a time asks for no order of
+    rows."""
 
     rows: int
     outputs: int
     inputs: int
     warps: int
     stages: int
+    bulk: bool = False
 
 
 @dataclass(slots=True, frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -237,7 +238,32 @@ def test_candidates_of_a_mixture_fit_their_class() -> None:
     for shape in mixtures.SHAPES:
         for T in tune_experts.TOKENS:
             rows = T * shape.choice.top
-            found = tune_experts.products(rows, shape.E, shape.D)
-            assert len(set(found)) == len(found) >= 4
-            assert (found[0].rows == 1) == (rows <= max(16, shape.E // 2))
-            assert max(each.rows for each in found) <= max(16, 4 * rows // shape.E)
+            for bulk in (False, True):
+                found = tune_experts.products(rows, shape.E, shape.D, bulk)
+                assert len(set(found)) == len(found) >= 4
+                assert (found[0].rows == 1) == (rows <= max(16, shape.E // 2))
+                assert max(each.rows for each in found) <= max(16, 4 * rows // shape.E)
+                assert bulk or not any(each.bulk for each in found)
+                assert len(found) <= 12  # the card's time is dear
+
+
+@torch.inference_mode()
+def test_both_ways_of_copying_weights_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the tiles that have won; down stays as it is while tiles of gate and up are found."""
+    layers = mixtures.Layers(SMALL, None, torch.float32)
+    mixture, tried = mixtures.Mixture(layers, 9), []
+
+    def work(tuning: MixtureTuning | None, rounds: int) -> float:
+        tried.append(tuning)
+        return 9.0 if tuning is None else float(tuning.up.bulk == tuning.down.bulk)
+
+    monkeypatch.setattr(mixture, "step", lambda tuning: None)
+    monkeypatch.setattr(tune_experts, "card", lambda device: (9, 0))
+    monkeypatch.setattr(tune_experts, "timed", lambda _: partial(work, rounds=1))
+    monkeypatch.setattr(tune_experts, "ROWS", [])
+    monkeypatch.setattr(tune_experts, "SHORT_ROWS", [])
+    monkeypatch.setattr(tune_experts, "TILES", {1 << 30: [(16, 32, 32, 4, 2), (32, 32, 32, 4, 2)]})
+    row = tune_experts.tune_mixture("small", mixture, 18, math.inf)
+    assert row is not None and row["up"] == asdict(replace(TILE, bulk=True))
+    assert row["down"] == asdict(TILE)
+    assert {each.down for each in tried[:4] if each} == {TILE}
