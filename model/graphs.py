@@ -1,8 +1,9 @@
 """Steps of one token of each sequence as CUDA graphs: captured at start-up, one a batch size.
 
 A step of n sequences replays the graph of the next size up. Rows of padding have slot -1: they
-write no state and no block, and their ids go nowhere. What a step needs of the host comes in one
-copy; what it draws stays on the device, for the next step reads its ids from there.
+write no state and no block, and their ids go nowhere. A graph begins by taking what the host says
+of the step, and ends by telling what it drew; that stays on the device too, for the next step reads
+its ids from there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels import exchange
 from kernels.packing import Packing
 from kernels.sampling import draw
 from model.batch import Batch
@@ -22,9 +24,7 @@ from model.sampling import Wishes
 from model.sequences import Sequences
 from model.store import Store
 
-IN_FLIGHT = 4  # host buffers: more than steps that are under way at a time
-
-
+IN_FLIGHT = 4  # turns of the host's memory: more than steps that are under way at a time
 FIRST = (1, 2, 4, 8, 12, 16)  # batch sizes that the ladder begins with
 APART = 8
 
@@ -37,37 +37,40 @@ def ladder(most: int, first: Sequence[int] = FIRST, apart: int = APART) -> list[
     return [size for size in sizes if size < most] + [most]
 
 
-class Inputs:
-    """What the host says of a step: one buffer on the device, several on the host."""
+class Exchange:
+    """What the host says of each step and hears of it, and what lies on the device meanwhile.
 
-    def __init__(self, most: int, wishes: Wishes, device: torch.device) -> None:
+    A turn is a step: the host says what a step is about before it is launched, reads what the step
+    tells once it is over, and both sides count.
+    """
+
+    def __init__(self, most: int, wishes: Wishes, sequences: Sequences) -> None:
+        device = sequences.device
+        pinned = device.type == "cuda"
         self._wishes = wishes
-        kinds = [(torch.int64, 4), (torch.int32, 1), (torch.float32, 1)]
-        size = sum(kind.itemsize * count for kind, count in kinds) * most
-        self.device = torch.zeros(size, dtype=torch.uint8, device=device)
-        self._hosts = [
-            torch.zeros(size, dtype=torch.uint8, pin_memory=True) for _ in range(IN_FLIGHT)
-        ]
-        self._views = [[view.numpy() for view in self._split(host, most)] for host in self._hosts]
-        self.ids, self.positions, self.keys, self.rows, self.slots, self.temperatures = self._split(
-            self.device, most
+        self._latest = sequences.latest
+        self._said = (
+            torch.zeros(IN_FLIGHT, 3, most, dtype=torch.int64, pin_memory=pinned),
+            torch.zeros(IN_FLIGHT, 2, most, dtype=torch.int32, pin_memory=pinned),
         )
-        self._turn = 0
-
-    @staticmethod
-    def _split(memory: torch.Tensor, most: int) -> list[torch.Tensor]:
-        wide = memory[: 32 * most].view(torch.int64).split(most)
-        return [
-            *wide,
-            memory[32 * most : 36 * most].view(torch.int32),
-            memory[36 * most :].view(torch.float32),
+        self._told = torch.zeros(IN_FLIGHT, most, dtype=torch.int64, pin_memory=pinned)
+        self._views = [
+            (*words.numpy(), numbers[0].numpy(), numbers[1].view(torch.float32).numpy())
+            for words, numbers in zip(*self._said, strict=True)
         ]
+        self._words = torch.zeros(3, most, dtype=torch.int64, device=device)
+        self._numbers = torch.zeros(2, most, dtype=torch.int32, device=device)
+        self._turn = torch.zeros(1, dtype=torch.int64, device=device)
+        self._turns = 0
+        self.ids, self.positions, self.keys = self._words
+        self.slots = self._numbers[0]
+        self.temperatures = self._numbers[1].view(torch.float32)
 
-    def fill(self, chunks: Sequence[Chunk], size: int) -> None:
-        """Send chunks of one token each, and padding up to `size`."""
+    def say(self, chunks: Sequence[Chunk], size: int) -> None:
+        """Chunks of one token each, and padding up to `size`: those of the step that is launched
+        next."""
         n = len(chunks)
-        self._turn = (self._turn + 1) % IN_FLIGHT
-        ids, positions, keys, rows, slots, temperatures = self._views[self._turn]
+        ids, positions, keys, slots, temperatures = self._views[self._turns % IN_FLIGHT]
         ids[:n] = [chunk.tokens[0] for chunk in chunks]
         positions[:n] = [chunk.start for chunk in chunks]
         slots[:n] = [chunk.slot for chunk in chunks]
@@ -75,8 +78,21 @@ class Inputs:
         temperatures[:n] = self._wishes.temperatures[slots[:n]]
         keys[:n] = self._wishes.keys(slots[:n], [chunk.generated for chunk in chunks])
         ids[n:size], positions[n:size], slots[n:size], temperatures[n:size] = 0, 0, -1, 0.0
-        rows[:size] = slots[:size] + Sequences.PADDING
-        self.device.copy_(self._hosts[self._turn], non_blocking=True)
+
+    def heard(self) -> torch.Tensor:
+        """A step was launched: where on the host its ids [most] int64 will be when it is over, and
+        until IN_FLIGHT more were launched."""
+        self._turns += 1
+        return self._told[(self._turns - 1) % IN_FLIGHT]
+
+    def take(self, size: int) -> None:
+        """On the device: what was said of this step."""
+        memory = self._latest, self._turn, self._words, self._numbers
+        exchange.take(*self._said, *memory, size)
+
+    def tell(self, ids: torch.Tensor) -> None:
+        """On the device: what the rows of this step drew."""
+        exchange.tell(ids, self._numbers, self._latest, self._turn, self._told)
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -84,6 +100,15 @@ class Captured:
     """A graph, and what it leaves: drawn ids [size] int64 and terms [S, size, V] of logits."""
 
     graph: torch.cuda.CUDAGraph
+    ids: torch.Tensor
+    terms: torch.Tensor
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Replayed:
+    """Of a step of n rows: ids [n] int64 on the host, once it is over, as drawn from the logits as
+    they are; the terms [S, n, V] of these on the device, until the next replay."""
+
     ids: torch.Tensor
     terms: torch.Tensor
 
@@ -97,7 +122,7 @@ class DecodeGraphs:
         self._store = store
         self._sequences = sequences
         self.wishes = Wishes(store.slots.count)
-        self._inputs = Inputs(most, self.wishes, store.device)
+        self._exchange = Exchange(most, self.wishes, sequences)
         self._cu_seqlens = torch.arange(most + 1, dtype=torch.int32, device=store.device)
         self._captured: dict[int, Captured] = {}
 
@@ -107,8 +132,9 @@ class DecodeGraphs:
         others use too."""
         pool = None
         for size in reversed(self.sizes):
-            self._inputs.fill((), size)
+            self._exchange.say((), size)
             self._step(size)
+            self._exchange.heard()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
@@ -120,21 +146,21 @@ class DecodeGraphs:
         """Whether a step is one of theirs: it has one token of every sequence."""
         return len(chunks) <= self.sizes[-1] and all([len(chunk.tokens) == 1 for chunk in chunks])
 
-    def replay(self, chunks: Sequence[Chunk]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fold the chunks in; ids [n] as drawn from the logits as they are, and the terms [S, n, V]
-        of these, both theirs until the next replay."""
-        size = self.sizes[bisect_left(self.sizes, len(chunks))]
-        self._inputs.fill(chunks, size)
+    def replay(self, chunks: Sequence[Chunk]) -> Replayed:
+        """Fold the chunks in."""
+        n = len(chunks)
+        size = self.sizes[bisect_left(self.sizes, n)]
+        self._exchange.say(chunks, size)
         captured = self._captured[size]
         captured.graph.replay()
-        return captured.ids[: len(chunks)], captured.terms[:, : len(chunks)]
+        return Replayed(self._exchange.heard()[:n], captured.terms[:, :n])
 
     def _step(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        i = self._inputs
-        slots, rows = i.slots[:size], i.rows[:size]
-        positions = i.positions[:size]
+        e = self._exchange
+        e.take(size)
+        slots, positions = e.slots[:size], e.positions[:size]
         batch = Batch(
-            ids=self._sequences.ids(i.ids[:size], rows),
+            ids=e.ids[:size],
             positions=positions,
             singles=size,
             packing=Packing((1,) * size, self._cu_seqlens[: size + 1], slots, positions),
@@ -144,6 +170,6 @@ class DecodeGraphs:
             sample_rows=None,
         )
         terms = drawable(self._model, forward(self._model, batch, self._store))
-        ids = draw(terms, i.temperatures[:size], i.keys[:size])
-        self._sequences.drawn(rows, ids)
+        ids = draw(terms, e.temperatures[:size], e.keys[:size])
+        e.tell(ids)
         return ids, terms

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kernels.exchange import send
 from model import image
 from model.batch import Batch
 from model.chunk import Capacity, Chunk, Copy, OutOfDeviceMemory, Sampled, Sampling
@@ -38,7 +39,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(slots=True, frozen=True, eq=False)
 class Launched:
-    """A step under way: its chunks, which of them ask, what they draw (on the host once `done`).
+    """A step under way: its chunks, which of them ask, what these or all of them draw (on the host
+    once `done`).
 
     Without `done` the step is over.
     """
@@ -105,24 +107,27 @@ class ModelRunner:
         if launched.done is not None:
             launched.done.synchronize()
         results: list[Sampled | None] = [None] * len(launched.chunks)
-        if launched.drawn is not None:
-            asking = [launched.chunks[i] for i in launched.asking]
-            for i, sampled in zip(launched.asking, read(launched.drawn, asking), strict=True):
+        if launched.drawn is not None and launched.asking:
+            drawn, asking = launched.drawn, launched.asking
+            if len(drawn) > len(asking):  # a graph draws for every chunk, in their order
+                drawn = drawn[asking]
+            chunks = [launched.chunks[i] for i in asking]
+            for i, sampled in zip(asking, read(drawn, chunks), strict=True):
                 results[i] = sampled
         return results
 
     def _replay(self, graphs: DecodeGraphs, chunks: list[Chunk]) -> torch.Tensor | None:
-        """A step of one token of each sequence, by a graph."""
-        ids, terms = graphs.replay(chunks)
+        """A step of one token of each sequence, by a graph. What it draws lies on the host if that
+        is for all rows, else on the device for those that ask."""
+        replayed = graphs.replay(chunks)
+        if graphs.wishes.plain(chunks):
+            return replayed.ids
+        logits = added(replayed.terms)
         asking = [chunk for chunk in chunks if chunk.sampling is not None]
         if len(asking) < len(chunks):
             places = [i for i, chunk in enumerate(chunks) if chunk.sampling is not None]
-            rows = upload(places, self.store.device, np.int64)
-            ids = ids[rows]
-        if graphs.wishes.plain(chunks):
-            return ids
-        logits = added(terms)
-        drawn = sample(logits if len(asking) == len(chunks) else logits[rows], asking, self.seen)
+            logits = logits[upload(places, self.store.device, np.int64)]
+        drawn = sample(logits, asking, self.seen)
         self._remember(asking, drawn)
         return drawn
 
@@ -148,13 +153,13 @@ class ModelRunner:
     def _leave(
         self, drawn: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.cuda.Event | None]:
-        """The one copy of a step to the host, and when it is done, or all that came before."""
+        """What a step has drawn, on the host, and when it is there. A graph has told it."""
         if self.store.device.type != "cuda":
             return drawn, None
-        host = None
-        if drawn is not None:
+        host = drawn
+        if drawn is not None and drawn.is_cuda:
             host = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
-            host.copy_(drawn, non_blocking=True)
+            send(drawn, host)
         done = torch.cuda.Event()
         done.record()
         return host, done

@@ -16,6 +16,7 @@ from model.transfer import upload
 class Sequences:
     """One row a slot, and one for padding, whose slot is -1: what that draws is forgotten.
 
+    latest: [1 + slots] int64, the ids; the first is that of padding.
     tables: [slots, most blocks] int32, the blocks of each slot's sequence in order.
     """
 
@@ -23,9 +24,7 @@ class Sequences:
 
     def __init__(self, slots: int, most_blocks: int, device: torch.device) -> None:
         self.device = device
-        self._latest = torch.zeros(
-            slots + self.PADDING, dtype=torch.int64, device=device
-        )  # the first: padding
+        self.latest = torch.zeros(slots + self.PADDING, dtype=torch.int64, device=device)
         self.tables = torch.full((slots, most_blocks), -1, dtype=torch.int32, device=device)
         self._known: list[Sequence[int]] = [() for _ in range(slots)]  # blocks that are in tables
 
@@ -53,11 +52,11 @@ class Sequences:
 
     def ids(self, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """ids [N], those that are PENDING replaced by what the slots of rows [N] drew last."""
-        return resolved(ids, rows, self._latest)
+        return resolved(ids, rows, self.latest)
 
     def drawn(self, rows: torch.Tensor, ids: torch.Tensor) -> None:
         """Remember what the slots of rows [N] drew."""
-        remember(ids, rows, self._latest)
+        remember(ids, rows, self.latest)
 
     @staticmethod
     def rows(slots: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 MODULES = (
+    "exchange",
     "gated",
     "grouped_gemm",
     "join",
@@ -36,7 +37,7 @@ def device(request, monkeypatch):
     pytest.importorskip("triton")
     for name in MODULES:
         module = importlib.import_module(f"kernels.{name}")
-        for of in ("", "_fold", "_remember"):
+        for of in ("", "_fold", "_remember", "_take", "_tell", "_send"):
             if hasattr(module, f"_triton{of}"):
                 monkeypatch.setattr(module, f"_torch{of}", getattr(module, f"_triton{of}"))
     return torch.device("cpu")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.chunk import PENDING, Chunk, Copy, Place, Sampling
-from model.graphs import DecodeGraphs, Inputs, ladder
+from model.graphs import IN_FLIGHT, DecodeGraphs, Exchange, Replayed, ladder
 from model.runner import ModelRunner, load_runner
 from model.sampling import Wishes, noise_keys
 from model.sequences import Sequences
@@ -49,29 +49,51 @@ def test_tables_follow_their_slots() -> None:
     assert tables(2)[0][:2] == [6, 1]
 
 
-def test_what_a_step_is_told_follows_its_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_step_is_told_follows_its_slots() -> None:
     """Whoever comes to a slot draws as it asks, not as the one before it did."""
-    zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *a, pin_memory=False, **o: zeros(*a, **o))
     wishes = Wishes(4)
-    inputs = Inputs(6, wishes, CPU)
+    on = Exchange(6, wishes, Sequences(4, 0, CPU))
+
+    def take(chunks: list[Chunk], size: int) -> None:
+        on.say(chunks, size)
+        on.take(size)
+        on.heard()
+
     cold, tepid = Sampling(temperature=0.0, seed=-1), Sampling(temperature=1e-6, seed=2**63)
-    inputs.fill((), 6)
-    assert inputs.slots.tolist() == [-1] * 6 and inputs.rows.tolist() == [0] * 6
+    take([], 6)
+    assert on.slots.tolist() == [-1] * 6
     for turn, kinds in enumerate([(WARM, cold), (WARM, tepid), (cold, WARM), (tepid, tepid)]):
         chunks = [
             Chunk(tokens=[7 + slot], start=9 + turn, slot=slot, sampling=kind, generated=turn)
             for slot, kind in zip((3, 1), kinds, strict=True)
         ]
-        inputs.fill(chunks, 4)
-        assert inputs.ids.tolist()[:4] == [10, 8, 0, 0]
-        assert inputs.positions.tolist()[:4] == [9 + turn] * 2 + [0, 0]
-        assert inputs.slots.tolist()[:4] == [3, 1, -1, -1]
-        assert inputs.rows.tolist()[:4] == [4, 2, 0, 0]
-        assert inputs.keys.tolist()[:2] == noise_keys(chunks).tolist()
+        take(chunks, 4)
+        assert on.ids.tolist()[:4] == [10, 8, 0, 0]
+        assert on.positions.tolist()[:4] == [9 + turn] * 2 + [0, 0]
+        assert on.slots.tolist()[:4] == [3, 1, -1, -1]
+        assert on.keys.tolist()[:2] == noise_keys(chunks).tolist()
         warm = [0.9 if kind is WARM else 0.0 for kind in kinds]
-        assert inputs.temperatures.tolist()[:4] == pytest.approx([*warm, 0, 0])
+        assert on.temperatures.tolist()[:4] == pytest.approx([*warm, 0, 0])
         assert wishes.plain(chunks)
+
+
+def test_what_a_step_tells_is_read_after_others_were_launched() -> None:
+    """As many as may be under way: each tells where nobody else does, and the next one goes on."""
+    on = Exchange(3, Wishes(3), Sequences(3, 0, CPU))
+    begun = [Chunk(tokens=[5], start=0, slot=slot) for slot in (2, 0)]
+    pending = [Chunk(tokens=[PENDING], start=1, slot=slot) for slot in (0, 2, 1)]
+    on.say(begun, 2)
+    on.take(2)
+    on.tell(torch.tensor([70, -1]))  # one whose logits were not finite goes on from 0
+    heard = [on.heard()]
+    for step in range(1, IN_FLIGHT):
+        on.say(pending, 3)
+        on.take(3)
+        assert on.ids.tolist() == ([0, 70, 0] if step == 1 else [10 * step - 10, step - 1, 7])
+        on.tell(torch.tensor([10 * step, step, 7]))
+        heard.append(on.heard())
+    assert heard[0].tolist()[:2] == [70, -1]
+    assert [ids.tolist() for ids in heard[1:]] == [[10 * n, n, 7] for n in range(1, IN_FLIGHT)]
 
 
 STEERED = (
@@ -168,14 +190,13 @@ def test_what_graphs_record_draws_what_eager_steps_draw(
     """The steps that are captured, run each time instead, with a row of padding. A prompt of one
     token is such a step too, in a slot that holds what nobody wrote."""
     expected = generate(load(path), prompts, 20, known=True)
-    runner, zeros = load(path), torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *a, pin_memory=False, **o: zeros(*a, **o))
+    runner = load(path)
     graphs = DecodeGraphs(runner.model, runner.store, runner.sequences, 4)
 
-    def replay(chunks: list[Chunk]) -> tuple[torch.Tensor, torch.Tensor]:
-        graphs._inputs.fill(chunks, 4)
-        ids, logits = graphs._step(4)
-        return ids[: len(chunks)], logits[: len(chunks)]
+    def replay(chunks: list[Chunk]) -> Replayed:
+        graphs._exchange.say(chunks, 4)
+        _, terms = graphs._step(4)
+        return Replayed(graphs._exchange.heard()[: len(chunks)], terms[:, : len(chunks)])
 
     monkeypatch.setattr(graphs, "replay", replay)
     runner.graphs = graphs
