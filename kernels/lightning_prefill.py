@@ -23,7 +23,16 @@ from itertools import accumulate
 import torch
 
 from kernels import lightning_prefill_hopper as hopper
-from kernels.language import dot_precision, expm1, felt, jit, next_power_of_2, tl
+from kernels.language import (
+    dot_precision,
+    early,
+    expm1,
+    felt,
+    jit,
+    next_power_of_2,
+    start_early,
+    tl,
+)
 from kernels.launches import Launch, Launches, launch
 from kernels.packing import Packing, output
 from kernels.segments import Work, plan
@@ -111,9 +120,11 @@ def _scan_kernel(
     L,
     SIZE,
     H,
+    EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Contributions to a sequence's segments become, in place, the states that they start from."""
+    start_early(EARLY)
     i_b, i_h, i_c = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_n = tl.load(chains_ptr + i_c * 4)
     head = tl.load(chains_ptr + i_c * 4 + 1).to(tl.int64)
@@ -161,6 +172,7 @@ def _outputs_kernel(
     H,
     DK,
     DV,
+    EARLY: tl.constexpr,
     C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -173,6 +185,7 @@ def _outputs_kernel(
 
     REREAD: a segment starts from the state that its sequence had, and from the rows before it.
     """
+    start_early(EARLY)
     i_v, i_h, i_w = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     begin = tl.load(items_ptr + i_w * 4).to(tl.int64)
     n = tl.load(items_ptr + i_w * 4 + 1)
@@ -294,6 +307,8 @@ def _launched(
 
     Where segments read again what comes before them, the scan only copies the states that they all
     start from, for the last segment writes its sequence's; no copy of what starts from nothing.
+    Then a launch is much of the time, and passes beside the kernel in front; where segments fill
+    the card, programs that wait would take the place of those that work.
     """
     q, k, v, slopes, states, o, segment_states = tensors[:7]
     H, dk, dv = states.shape[1:]
@@ -347,6 +362,7 @@ def _launched(
                 H,
                 BLOCK=SCANNED,
                 num_warps=4,
+                **early(q.device, asked=work.reread),
             )
         )
     if hopper.serves(q, k, v):
@@ -386,6 +402,7 @@ def _launched(
             STAGES=stages or last.stages,
             REREAD=work.reread,
             num_warps=last.warps,
+            **early(q.device, asked=work.reread),
         )
     )
     return made

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kernels.language import HAVE_TRITON, expm1, felt
+from kernels.language import HAVE_TRITON, early, expm1, felt, start_early
 from kernels.launches import Launch, launch
 from kernels.packing import Packing
 from kernels.segments import Work
@@ -99,11 +99,13 @@ def _outputs_kernel(
     V: gl.constexpr,
     STAGES: gl.constexpr,
     REREAD: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
     """One segment or whole sequence, one head, V columns of the state, which stays on chip.
 
     REREAD: a segment starts from the state that its sequence had, and from the rows before it.
     """
+    start_early(EARLY)
     dtype: gl.constexpr = q_desc.dtype
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     scores_a: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
@@ -270,4 +272,5 @@ def outputs(
         STAGES=stages,
         REREAD=work.reread,
         num_warps=4,
+        **early(q.device, asked=work.reread),
     )

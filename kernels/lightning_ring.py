@@ -198,6 +198,16 @@ def _decode_kernel(
         if i_s == 0:
             tl.store(p_ring_k + row * DK + k + o_k, tl.load(p_k + k + o_k))
     b_p *= b_decay
+    # what is folded is on its way too, before anything waits
+    due = start >= done  # else this is a step once more, after drafts
+    first = (start % P).to(tl.int32) * ROWS
+    m_row = (o_row < ROWS) & (first + o_row < DK) & due
+    p_late = p_keys + (first + o_row)[:, None]
+    b_late = tl.load(p_late, mask=m_row[:, None], other=0.0)  # [K, R]
+    b_slices = ()
+    for v in tl.static_range(0, COLUMNS, BLOCK_V):
+        p_s = p_state + (first + o_row)[:, None] * DV + v + o_v
+        b_slices = b_slices + (tl.load(p_s, mask=m_row[:, None], other=0.0),)
     b_terms = ()
     for s in tl.static_range(0, COLUMNS, STRIP):
         b_term = b_p[:, None] * b_values[s // STRIP].to(tl.float32)
@@ -213,20 +223,16 @@ def _decode_kernel(
     for v in tl.static_range(0, COLUMNS, BLOCK_V):
         tl.store(p_ring_v + row * DV + v + o_v, tl.load(p_v + v + o_v))
 
-    if start >= done:  # else this is a step once more, after drafts
+    if due:
         tl.debug_barrier()  # the slice is read, and `folded`, by every thread
-        first = (start % P).to(tl.int32) * ROWS
         n = _waiting(first, start + 1, origin, done, R, P, ROWS)
-        b_late = tl.where((b_age >= R - P) & (b_age < n), tl.exp(-slope * (b_age - (R - P))), 0.0)
+        b_weight = tl.where((b_age >= R - P) & (b_age < n), tl.exp(-slope * (b_age - (R - P))), 0.0)
         leave = expm1(-slope * tl.maximum(n - (R - P), 0))
-        m_row = (o_row < ROWS) & (first + o_row < DK)
-        b_k = tl.load(p_keys + (first + o_row)[:, None], mask=m_row[:, None], other=0.0)  # [K, R]
-        b_k = b_k.to(tl.float32) * b_late[None, :]
+        b_k = b_late.to(tl.float32) * b_weight[None, :]
         for v in tl.static_range(0, COLUMNS, BLOCK_V):
             b_v = tl.load(p_values + v + o_v)
             p_s = p_state + (first + o_row)[:, None] * DV + v + o_v
-            b_s = tl.load(p_s, mask=m_row[:, None], other=0.0).to(tl.float32)
-            b_s = _fold(b_s, b_k, b_v, leave)
+            b_s = _fold(b_slices[v // BLOCK_V].to(tl.float32), b_k, b_v, leave)
             tl.store(p_s, b_s.to(p_state.dtype.element_ty), mask=m_row[:, None])
         tl.store(p_folded + 1 + o_parts, tl.zeros([EACH], tl.int64) + (start + 1))
 
