@@ -66,6 +66,12 @@ def start_early(EARLY: tl.constexpr):
 
 
 @jit
+def barrier():
+    """Threads of a program wait for one another: one word for Triton and every version of Gluon."""
+    tl.debug_barrier()
+
+
+@jit
 def expm1(x):
     """exp(x) - 1 for x <= 0 without cancellation: a polynomial of degree 7 near 0."""
     p = 1.0 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x / 5040)))))

@@ -23,16 +23,7 @@ from itertools import accumulate
 import torch
 
 from kernels import lightning_prefill_hopper as hopper
-from kernels.language import (
-    dot_precision,
-    early,
-    expm1,
-    felt,
-    jit,
-    next_power_of_2,
-    start_early,
-    tl,
-)
+from kernels.language import dot_precision, expm1, felt, jit, next_power_of_2, tl
 from kernels.launches import Launch, Launches, launch
 from kernels.packing import Packing, output
 from kernels.segments import Work, plan
@@ -120,11 +111,9 @@ def _scan_kernel(
     L,
     SIZE,
     H,
-    EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Contributions to a sequence's segments become, in place, the states that they start from."""
-    start_early(EARLY)
     i_b, i_h, i_c = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_n = tl.load(chains_ptr + i_c * 4)
     head = tl.load(chains_ptr + i_c * 4 + 1).to(tl.int64)
@@ -172,7 +161,6 @@ def _outputs_kernel(
     H,
     DK,
     DV,
-    EARLY: tl.constexpr,
     C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -185,7 +173,6 @@ def _outputs_kernel(
 
     REREAD: a segment starts from the state that its sequence had, and from the rows before it.
     """
-    start_early(EARLY)
     i_v, i_h, i_w = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     begin = tl.load(items_ptr + i_w * 4).to(tl.int64)
     n = tl.load(items_ptr + i_w * 4 + 1)
@@ -258,15 +245,16 @@ def _outputs_kernel(
         tl.store(p_state, b_s.to(states_ptr.dtype.element_ty), mask=m_s)
 
 
-def work_for(states: torch.Tensor, packing: Packing, tuning: PrefillTuning) -> Work:
-    """How sequences are cut where a card has as many heads going on at a time as it holds."""
+def work_for(states: torch.Tensor, packing: Packing, tuning: PrefillTuning, copied: bool) -> Work:
+    """How sequences are cut where a card has as many heads going on at a time as it holds. copied:
+    segments that read again what comes before them start from copies of their states."""
     H, dk, dv = states.shape[1:]
     each = -(-dv // tuning.outputs.columns)  # programs of a head
 
     def heads(resident: int) -> int:
         return max(processors(states.device) * resident // each, 1)
 
-    once = tuning.reread and (heads(tuning.reread.resident), tuning.reread.cost)
+    once = tuning.reread and (heads(tuning.reread.resident), tuning.reread.cost, copied)
     return plan(packing, H, heads(tuning.resident), 4 * dk * dv, once)
 
 
@@ -285,13 +273,15 @@ def _triton(
     H, dk, dv = states.shape[1:]
     BLOCK_K = max(next_power_of_2(dk), 16)
     tuning = tuning or prefill_tuning(q.device, q.dtype.itemsize, BLOCK_K)
-    work = work_for(states, packing, tuning)
+    bulk = hopper.serves(q, k, v)
+    work = work_for(states, packing, tuning, copied=not bulk)
     segment_states = torch.empty(work.states, H, dk, dv, dtype=torch.float32, device=q.device)
     rows = packing.cu_seqlens, packing.slots, packing.starts
-    tensors = q, k, v, slopes, states, o, segment_states, work.items, work.chains, *rows
+    rest = (*rows, hopper.readers(q.device)) if bulk else rows
+    tensors = q, k, v, slopes, states, o, segment_states, work.items, work.chains, *rest
     numbers = scale, tuning, work.length, work.reread, work.continuing, work.segments
     if not (q.is_cuda and LAUNCHES.again(tensors, *numbers)):
-        made = _launched(scale, work, packing, tuning, BLOCK_K, tensors)
+        made = _launched(scale, work, packing, tuning, BLOCK_K, bulk, tensors)
         LAUNCHES.keep(made, tensors, *numbers)
 
 
@@ -301,14 +291,14 @@ def _launched(
     packing: Packing,
     tuning: PrefillTuning,
     BLOCK_K: int,
+    bulk: bool,
     tensors: tuple[torch.Tensor, ...],
 ) -> list[Launch | None]:
     """Contributions of segments, their scan, then outputs: the last alone where nothing is cut.
 
     Where segments read again what comes before them, the scan only copies the states that they all
-    start from, for the last segment writes its sequence's; no copy of what starts from nothing.
-    Then a launch is much of the time, and passes beside the kernel in front; where segments fill
-    the card, programs that wait would take the place of those that work.
+    start from, for the last segment writes its sequence's; no copy of what starts from nothing, nor
+    where that segment waits until the others have read.
     """
     q, k, v, slopes, states, o, segment_states = tensors[:7]
     H, dk, dv = states.shape[1:]
@@ -362,10 +352,9 @@ def _launched(
                 H,
                 BLOCK=SCANNED,
                 num_warps=4,
-                **early(q.device, asked=work.reread),
             )
         )
-    if hopper.serves(q, k, v):
+    if bulk:
         made.append(hopper.outputs(scale, work, packing, stages or hopper.STAGES, tensors))
         return made
     BLOCK_V = max(min(next_power_of_2(dv), last.columns), 16)
@@ -402,7 +391,6 @@ def _launched(
             STAGES=stages or last.stages,
             REREAD=work.reread,
             num_warps=last.warps,
-            **early(q.device, asked=work.reread),
         )
     )
     return made

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kernels.language import HAVE_TRITON, early, expm1, felt, start_early
+from kernels.language import HAVE_TRITON, barrier, expm1, felt
 from kernels.launches import Launch, launch
 from kernels.packing import Packing
 from kernels.segments import Work
@@ -37,6 +37,7 @@ C = 64  # rows at a time
 K = 128  # rows of the state
 V = 64  # its columns, per program: two programs fit on a multiprocessor
 STAGES = 2  # blocks of rows in shared memory
+READERS = 4096  # more than programs that go on at a time
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 VIEWS = ["items_ptr", "cu_seqlens_ptr", "slots_ptr", "starts_ptr"]  # aligned now and then
 
@@ -74,7 +75,7 @@ def _fetch_either(i, row, real, whole, descs, columns, tiles, arrived):
         tma.async_copy_global_to_shared(descs[x], [row, columns[x]], bar, tile, pred=wanted)
 
 
-@jit(do_not_specialize=["segments"], do_not_specialize_on_alignment=VIEWS)
+@jit(do_not_specialize=["segments", "length"], do_not_specialize_on_alignment=VIEWS)
 def _outputs_kernel(
     q_desc,
     k_desc,
@@ -84,6 +85,7 @@ def _outputs_kernel(
     states_ptr,
     o_ptr,
     segments_ptr,
+    readers_ptr,
     items_ptr,
     cu_seqlens_ptr,
     slots_ptr,
@@ -93,19 +95,21 @@ def _outputs_kernel(
     v_head_stride,
     states_stride,
     segments,
+    length,
     H,
     C: gl.constexpr,
     K: gl.constexpr,
     V: gl.constexpr,
     STAGES: gl.constexpr,
     REREAD: gl.constexpr,
-    EARLY: gl.constexpr,
+    SHARED: gl.constexpr,
 ):
     """One segment or whole sequence, one head, V columns of the state, which stays on chip.
 
     REREAD: a segment starts from the state that its sequence had, and from the rows before it.
+    SHARED: that is the one in the slot, which is changed once all have read it: they go on at a
+    time, and each says so in `readers`.
     """
-    start_early(EARLY)
     dtype: gl.constexpr = q_desc.dtype
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     scores_a: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
@@ -152,11 +156,14 @@ def _outputs_kernel(
     o_s = gl.arange(0, K, gl.SliceLayout(1, mma))[:, None] * DV
     o_s += i_h * K * DV + i_v * V + gl.arange(0, V, gl.SliceLayout(0, mma))[None, :]
     p_state = states_ptr + slot * states_stride + o_s
-    if i_w < segments:
+    p_readers = readers_ptr + (i_n * H + i_h) * gl.num_programs(0) + i_v
+    m_s = gl.full([K, V], start, gl.int64, mma) > 0
+    if SHARED:
+        b_s = gl.load(p_state, mask=m_s, other=0.0).to(gl.float32)  # [K, V]
+    elif i_w < segments:
         home = i_n.to(gl.int64) if REREAD else i_w
-        b_s = gl.load(segments_ptr + home * H * K * DV + o_s)  # [K, V]
+        b_s = gl.load(segments_ptr + home * H * K * DV + o_s)
     else:
-        m_s = gl.full([K, V], start, gl.int64, mma) > 0
         b_s = gl.load(p_state, mask=m_s, other=0.0).to(gl.float32)
 
     o_r = gl.arange(0, C, gl.SliceLayout(1, rows))
@@ -166,6 +173,10 @@ def _outputs_kernel(
     zeros_iv = gl.zeros([C, V], gl.float32, mma)
     if REREAD:
         b_s += b_s * expm1(-slope * before)
+        if SHARED:  # noqa: SIM102  (one is known to the compiler, the other is not)
+            if (i_w < segments) & (last == 0):
+                barrier()  # all threads have what they read
+                gl.atomic_add(p_readers, 1, sem="release")
         for j in range(again):
             k, v = k_tiles.index(j % STAGES), v_tiles.index(j % STAGES)
             mbarrier.wait(arrived.index(j % STAGES), (j // STAGES) & 1)
@@ -209,6 +220,13 @@ def _outputs_kernel(
         _fetch(j + STAGES, begin + ahead, ahead < n, descs, columns, tiles, arrived)
         p_o += C * H * DV
     if last > 0:
+        if SHARED:  # noqa: SIM102
+            if i_w < segments:
+                read = gl.atomic_add(p_readers, 0, sem="acquire")
+                while read < before // length:
+                    read = gl.atomic_add(p_readers, 0, sem="acquire")
+                gl.atomic_xchg(p_readers, 0)
+                barrier()
         gl.store(p_state, b_s.to(states_ptr.dtype.element_ty))
 
 
@@ -235,18 +253,27 @@ def _descriptor(x: torch.Tensor, columns: int) -> Any:
     return TensorDescriptor(x, shape, strides, [C, columns], _layout(x.dtype, columns))
 
 
+@lru_cache(maxsize=8)
+def readers(device: torch.device) -> torch.Tensor:
+    """How many programs have read the state of a sequence, head and group of columns: 0 before and
+    after every launch. Of a device one launch at a time may count."""
+    return torch.zeros(READERS, dtype=torch.int32, device=device)
+
+
 def outputs(
     scale: float, work: Work, packing: Packing, stages: int, tensors: tuple[torch.Tensor, ...]
 ) -> Launch | None:
     """o, and the states of sequences that end, by items of a plan (see kernels.segments).
 
-    tensors: q, k, v, slopes, states, o, segment_states, and those of the plan.
+    tensors: q, k, v, slopes, states, o, segment_states, those of the plan, and readers().
     """
     q, k, v, slopes, states, o, segment_states = tensors[:7]
-    H = q.shape[1]
+    H, each = q.shape[1], v.shape[-1] // V
+    shared = work.reread and work.states == 0
+    assert not shared or len(packing.lengths) * H * each <= READERS
     return launch(
         _outputs_kernel,
-        (v.shape[-1] // V, H, len(work.items)),
+        (each, H, len(work.items)),
         tensors,
         _descriptor(q, K),
         _descriptor(k, K),
@@ -256,6 +283,7 @@ def outputs(
         states,
         o,
         segment_states,
+        tensors[-1],
         work.items,
         packing.cu_seqlens,
         packing.slots,
@@ -265,12 +293,13 @@ def outputs(
         v.stride(1),
         states.stride(0),
         work.segments,
+        work.length,
         H,
         C=C,
         K=K,
         V=V,
         STAGES=stages,
         REREAD=work.reread,
+        SHARED=shared,
         num_warps=4,
-        **early(q.device, asked=work.reread),
     )

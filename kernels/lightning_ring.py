@@ -29,6 +29,7 @@ from kernels.packing import output
 from kernels.tuning import RingTuning, processors, ring_tuning
 
 MOST_REGISTERS = 255  # of a thread, where a program has a multiprocessor almost to itself
+AT_ONCE = 8  # programs that a multiprocessor has room for
 
 DECODES, FOLDS = Launches(), Launches()
 
@@ -88,6 +89,18 @@ def _fold(b_s, b_k, b_v, leave):
     return b_s + (b_s * leave + b_update)
 
 
+@jit
+def _slice(p_keys, p_state, rows, m_row, COLUMNS: tl.constexpr, BLOCK_V: tl.constexpr, DV):
+    """Rows of a state that are about to be folded: their keys [K, R], and the rows [K, V]."""
+    o_v = tl.arange(0, BLOCK_V)
+    b_keys = tl.load(p_keys + rows[:, None], mask=m_row[:, None], other=0.0)
+    b_rows = ()
+    for v in tl.static_range(0, COLUMNS, BLOCK_V):
+        p_rows = p_state + rows[:, None] * DV + v + o_v
+        b_rows = b_rows + (tl.load(p_rows, mask=m_row[:, None], other=0.0),)
+    return b_keys, b_rows
+
+
 @jit(do_not_specialize_on_alignment=["slots_ptr", "starts_ptr"])
 def _decode_kernel(
     q_ptr,
@@ -119,6 +132,7 @@ def _decode_kernel(
     DK: tl.constexpr,
     DV: tl.constexpr,
     EARLY: tl.constexpr,
+    AHEAD: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -129,7 +143,11 @@ def _decode_kernel(
     SPLITS: tl.constexpr,
 ):
     """One sequence, one head, one of SPLITS groups of columns: the only program that knows of their
-    `folded`."""
+    `folded`.
+
+    AHEAD: a slice is read before the output is summed up: it takes registers from the loads of the
+    state, which pays where all programs go on at once and the longest wait is the time.
+    """
     start_early(EARLY)
     COLUMNS: tl.constexpr = DV // SPLITS
     EACH: tl.constexpr = PARTS // SPLITS
@@ -198,16 +216,11 @@ def _decode_kernel(
         if i_s == 0:
             tl.store(p_ring_k + row * DK + k + o_k, tl.load(p_k + k + o_k))
     b_p *= b_decay
-    # what is folded is on its way too, before anything waits
     due = start >= done  # else this is a step once more, after drafts
     first = (start % P).to(tl.int32) * ROWS
     m_row = (o_row < ROWS) & (first + o_row < DK) & due
-    p_late = p_keys + (first + o_row)[:, None]
-    b_late = tl.load(p_late, mask=m_row[:, None], other=0.0)  # [K, R]
-    b_slices = ()
-    for v in tl.static_range(0, COLUMNS, BLOCK_V):
-        p_s = p_state + (first + o_row)[:, None] * DV + v + o_v
-        b_slices = b_slices + (tl.load(p_s, mask=m_row[:, None], other=0.0),)
+    if AHEAD:  # what is folded is on its way too before anything waits
+        b_late, b_rows = _slice(p_keys, p_state, first + o_row, m_row, COLUMNS, BLOCK_V, DV)
     b_terms = ()
     for s in tl.static_range(0, COLUMNS, STRIP):
         b_term = b_p[:, None] * b_values[s // STRIP].to(tl.float32)
@@ -225,6 +238,8 @@ def _decode_kernel(
 
     if due:
         tl.debug_barrier()  # the slice is read, and `folded`, by every thread
+        if not AHEAD:
+            b_late, b_rows = _slice(p_keys, p_state, first + o_row, m_row, COLUMNS, BLOCK_V, DV)
         n = _waiting(first, start + 1, origin, done, R, P, ROWS)
         b_weight = tl.where((b_age >= R - P) & (b_age < n), tl.exp(-slope * (b_age - (R - P))), 0.0)
         leave = expm1(-slope * tl.maximum(n - (R - P), 0))
@@ -232,7 +247,7 @@ def _decode_kernel(
         for v in tl.static_range(0, COLUMNS, BLOCK_V):
             b_v = tl.load(p_values + v + o_v)
             p_s = p_state + (first + o_row)[:, None] * DV + v + o_v
-            b_s = _fold(b_slices[v // BLOCK_V].to(tl.float32), b_k, b_v, leave)
+            b_s = _fold(b_rows[v // BLOCK_V].to(tl.float32), b_k, b_v, leave)
             tl.store(p_s, b_s.to(p_state.dtype.element_ty), mask=m_row[:, None])
         tl.store(p_folded + 1 + o_parts, tl.zeros([EACH], tl.int64) + (start + 1))
 
@@ -343,7 +358,8 @@ def _triton(
     tuning = tuning or ring_tuning(q.device, states.element_size())
     PARTS = folded.shape[2]
     SPLITS = splits(PARTS, dv, tuning.columns, N * H, processors(q.device))
-    few = 2 * processors(q.device) >= N * H * SPLITS
+    programs = N * H * SPLITS
+    few = 2 * processors(q.device) >= programs
     tensors = q, k, v, slopes, states, ring_k, ring_v, folded, slots, starts, o
     return launch(
         _decode_kernel,
@@ -383,6 +399,7 @@ def _triton(
         STRIP=_divisor(dv // SPLITS, tuning.strip),
         PARTS=PARTS,
         SPLITS=SPLITS,
+        AHEAD=AT_ONCE * processors(q.device) >= programs,
         num_warps=tuning.warps,
         maxnreg=MOST_REGISTERS if few else tuning.registers,
         **early(q.device),

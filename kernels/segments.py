@@ -30,6 +30,7 @@ class Work:
     length: rows of a segment; reread: whether segments read again what comes before them.
     continuing: items for whose sake a first pass reads; segments: items that start from one of so
            many `states` that lie beside the slots: the item's own or, if reread, the sequence's.
+           Without such states they start from that in the slot, which one of them is to change.
     """
 
     length: int
@@ -78,16 +79,18 @@ def reread(
 
 
 def choose(
-    packing: Packing, H: int, programs: int, state_bytes: int, once: tuple[int, float] | None
+    packing: Packing, H: int, programs: int, state_bytes: int, once: tuple[int, float, bool] | None
 ) -> tuple[int, bool]:
     """Rows of a segment, and whether segments read again what comes before them.
 
-    once: programs that go on at a time then, and the cost of a row.
+    once: programs that go on at a time then, the cost of a row, and whether states are copied.
     """
     L, time = scanned(packing.lengths, H, programs, state_bytes)
     if once is None:
         return L, False
-    shorter, sooner = reread(packing.lengths, H, *once, packing.past is None or any(packing.past))
+    at_a_time, cost, copied = once
+    copied = copied and (packing.past is None or any(packing.past))
+    shorter, sooner = reread(packing.lengths, H, at_a_time, cost, copied)
     return (shorter, True) if sooner < time else (L, False)
 
 
@@ -97,7 +100,7 @@ def plan(
     H: int,
     programs: int,
     state_bytes: int,
-    once: tuple[int, float] | None = None,
+    once: tuple[int, float, bool] | None = None,
 ) -> Work:
     """The work of a step, which its layers share: one transfer, and nothing asked of the device."""
     L, again = choose(packing, H, programs, state_bytes, once)
@@ -118,9 +121,10 @@ def plan(
     cut = continuing + beginning
     if again:
         cut.sort(key=lambda item: begins[item[2]] - item[0])
-        copied = packing.past is None or any(packing.past[i] for i, *_ in chains)
+        started = packing.past is None or any(packing.past[i] for i, *_ in chains)
+        copied = started and (once is None or once[2] or len(cut) * H > once[0])
         chains = [(i, i, 0, 0) for i, *_ in chains] if copied else []
-        counts = 0, len(cut) * copied, len(packing.lengths) * copied
+        counts = 0, len(cut) * started, len(packing.lengths) * copied
     else:
         chains = [(i, len(continuing) + j, first, count) for i, j, first, count in chains]
         counts = len(continuing), len(cut), len(cut)

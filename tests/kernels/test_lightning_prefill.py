@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels import lightning_prefill as lightning_prefill_module
+from kernels import lightning_prefill_hopper as hopper
 from kernels import segments, tuning
 from kernels.lightning_decode import lightning_decode
 from kernels.lightning_prefill import lightning_prefill
@@ -150,6 +151,21 @@ def test_rows_that_bulk_copies_cannot_read(device, dtype):
     assert error(o[:70], expected) <= BOUND[dtype] and error(states[1], state) <= BOUND[dtype]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="what Hopper's kernel does")
+@triton_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_state_is_changed_once_all_segments_have_read_it(device, dtype):
+    """As tuned, in many calls on end: each leaves the counts as it has found them."""
+    rows = [torch.empty(64, 8, 128, dtype=dtype, device=device) for _ in range(3)]
+    if not hopper.serves(*rows):
+        pytest.skip("another card")
+    for call in range(40):
+        kinds = {"dk": 128, "dv": 128, "dtype": dtype, "device": device}
+        check([512 + 13 * call], [9], H=4, **kinds)
+        check([700, 64, 300 + call], [9, 3, 0], H=2, **kinds)
+        assert not hopper.readers(rows[0].device).any()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="long for the interpreter")
 @triton_only
 @pytest.mark.parametrize("d", [64, 128])
@@ -179,7 +195,7 @@ def test_segment_lengths():
 
 
 def test_which_segments_read_again_what_comes_before():
-    def chosen(lengths, once=(132, 0.25), start=0, H=16):
+    def chosen(lengths, once=(132, 0.25, True), start=0, H=16):
         packing = pack(lengths, range(len(lengths)), [start] * len(lengths))
         return segments.plan(packing, H, 132, 4 * 128 * 128, once)
 
@@ -196,6 +212,9 @@ def test_which_segments_read_again_what_comes_before():
     new, going_on = chosen([1024, 64]), chosen([1024, 64], start=7)
     assert (len(new.chains), new.segments, new.states) == (0, 0, 0)
     assert (going_on.chains.tolist(), going_on.segments) == ([[0, 0, 0, 0]], 6)
+    shared = chosen([1024, 64], (132, 0.25, False), start=7)  # without copies, where all go on
+    assert (len(shared.chains), shared.segments, shared.states) == (0, 6, 0)
+    assert shared.items.tolist() == going_on.items.tolist()
     assert [row for row, *_ in new.items.tolist()] == [*range(960, -1, -192), 1024]
 
 
