@@ -1,11 +1,13 @@
 """Kernels beside the floor of the card, measured in the same run, and beside FLA if installed.
 
     python -m benchmarks.kernels [--peer-seconds 240] [--seconds 480] [--only attention ...]
+                                 [--tokens 512 ...]
 
 A floor is the time of a copy as large as what must be read and written once. Every work is checked
 against float64 before it is timed; times are those of a replayed CUDA graph. The file of results is
 written after each row, and names what is not measured yet: a run may be ended at any time. It is
-kernels-<card>.json, or kernels-<groups>-<card>.json where only some groups were asked for.
+kernels-<card>.json, or kernels-<groups>-<card>.json where only some groups were asked for; of
+prefills, those of some lengths by --tokens, which stand in the name too.
 FLA tunes itself by trying dozens of kernels, before anything is measured.
 """
 
@@ -15,6 +17,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -40,25 +43,33 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=math.inf, help="after which none begins")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[], help="of a prefill's sequences"
+    )
     options = parser.parse_args()
     until = time.monotonic() + options.seconds
     torch.manual_seed(0)
     bandwidth, operations = copy_bandwidth(), gemm_rate()
     torch.cuda.empty_cache()
     rates = {"copy_TBps": bandwidth / 1e12, "gemm_TFLOPs": operations / 1e12}
-    file = "-".join(["kernels", *(options.only if options.only != list(GROUPS) else ())])
+    some = options.only if options.only != list(GROUPS) else []
+    file = "-".join(["kernels", *some, *map(str, options.tokens)])
+    measured, works = GROUPS, prefill.WORKS
+    if options.tokens:
+        measured = GROUPS | {"prefill": partial(prefill.rows, tokens=options.tokens)}
+        works = [work for shape in prefill.shapes(options.tokens) for work in shape.works]
     rows: list[Row] = []
     finished: set[str] = set()
 
     def save() -> None:
         done = {row.work for row in rows} | finished
-        groups = {name: prefill.WORKS if name == "prefill" else [name] for name in options.only}
-        missing = [work for works in groups.values() for work in works if work not in done]
+        groups = [works if name == "prefill" else [name] for name in options.only]
+        missing = [work for group in groups for work in group if work not in done]
         write("kernels", rows, name=file, missing=missing, **rates)
 
     with torch.inference_mode():
         for name in options.only:
-            for row in GROUPS[name](bandwidth, time.monotonic() + options.peer_seconds):
+            for row in measured[name](bandwidth, time.monotonic() + options.peer_seconds):
                 rows.append(row)
                 print(row, flush=True)
                 save()

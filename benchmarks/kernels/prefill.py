@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -84,6 +84,11 @@ SHAPES = [
 WORKS = [work for shape in SHAPES for work in shape.works]
 
 
+def shapes(tokens: Sequence[int] = ()) -> list[Prefill]:
+    """Those of sequences of so many tokens; all by default."""
+    return [shape for shape in SHAPES if not tokens or shape.T in tokens]
+
+
 def initial_states(N: int, H: int) -> torch.Tensor:
     """States of sequences that have been read for a while."""
     return torch.randn(N, H, D, D, device="cuda")
@@ -150,11 +155,11 @@ def flas(
     return works
 
 
-def tuned_flas(deadline: float) -> set[tuple[str, int]]:
+def tuned_flas(heads: Sequence[int], deadline: float) -> set[tuple[str, int]]:
     """Ways of FLA, with the numbers of heads that they have tuned themselves for: minutes, once."""
     tuned: set[tuple[str, int]] = set()
     for name in ("FLA chunk", "FLA fused_chunk"):
-        for H in dict.fromkeys(shape.H for shape in SHAPES):
+        for H in heads:
             started = time.monotonic()
             if started > deadline:
                 print(f"{name}, {H} heads and what follows: no time to tune it")
@@ -204,10 +209,11 @@ def peers(
     return taken
 
 
-def rows(bandwidth: float, deadline: float) -> Iterator[Row]:
-    """Each shape that fits the card beside its floor; others tune themselves until `deadline`."""
-    tuned = tuned_flas(deadline)
-    for shape in SHAPES:
+def rows(bandwidth: float, deadline: float, tokens: Sequence[int] = ()) -> Iterator[Row]:
+    """Each shape that fits the card beside its floor, or those of so many tokens; others tune
+    themselves until `deadline`."""
+    tuned = tuned_flas(list(dict.fromkeys(shape.H for shape in shapes(tokens))), deadline)
+    for shape in shapes(tokens):
         torch.cuda.empty_cache()
         if shape.bytes + ROOM > torch.cuda.mem_get_info()[0]:
             print(f"{shape.name}: does not fit the card")

@@ -157,6 +157,8 @@ class Scheduler:
                 if request.wanted:
                     self.checkpoints.take(request)
         admitted = self._admit(now)
+        if self.checkpoints is not None and not admitted:
+            self.checkpoints.ahead()
         packed = self._pack()
         for turn, request in enumerate(packed, self._turns + 1):
             request.served = turn
