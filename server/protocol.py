@@ -192,7 +192,7 @@ class Stats(msgspec.Struct, kw_only=True):
     device_memory: int = 0
     device_free: int = 0
     device_total: int = 0
-    cache: CacheStats | None = None
+    cache: CacheStats | None = None  # None: what it was, or nothing is kept
 
 
 class Step(msgspec.Struct, tag=True, kw_only=True):

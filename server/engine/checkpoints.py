@@ -214,11 +214,6 @@ class Checkpoints:
         self.sweep()
         return done
 
-    def ahead(self) -> None:
-        """Prepare for who comes next, in a step in which nobody does."""
-        self.tiers.ahead()
-        self.sweep()
-
     def sweep(self) -> None:
         """Forget those that lie nowhere any more."""
         for checkpoint in self.tiers.lost:

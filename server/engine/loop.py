@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 IDLE_SECONDS = 0.5  # how often an idle engine looks whether it is still wanted
 FILE_SECONDS = 0.001  # how often one looks whether files have been read or written
 MEMORY_SECONDS = 0.5  # how often device memory is measured
+CACHE_SECONDS = 0.1  # how often checkpoints are counted while no request ends
 
 
 class LoadedRunner(Runner, Protocol):
@@ -101,6 +102,7 @@ class Loop:
         self._under_way: tuple[Work, Any] | None = None  # launched, and not collected
         self._stuck = False  # the last turn found nothing to compute or to collect
         self._checked = False  # nothing has come or gone since the books were looked through
+        self._counted = -CACHE_SECONDS  # when checkpoints were
         self._measured = -MEMORY_SECONDS
         self._asked = -MEMORY_SECONDS  # when the device said what is free
 
@@ -143,7 +145,8 @@ class Loop:
             else:
                 self.line.send(news)
         if outputs:
-            self.line.send(Step(outputs=outputs, stats=self.stats(work.tokens)))
+            ended = any(output.finish is not None for output in outputs)
+            self.line.send(Step(outputs=outputs, stats=self.stats(work.tokens, whole=ended)))
         if due or expecting or messages or not self.scheduler.idle:
             self._checked = False
         elif not self._checked:
@@ -161,15 +164,19 @@ class Loop:
         """Whether files are being read or written."""
         return self.scheduler.states is not None and self.scheduler.states.expecting
 
-    def stats(self, step_tokens: int = 0) -> Stats:
-        """The gauges now; device memory is measured twice a second, at most.
+    def stats(self, step_tokens: int = 0, *, whole: bool = True) -> Stats:
+        """The gauges now; device memory is measured twice a second, at most. Unless they shall be
+        whole, checkpoints are counted ten times a second: all else has little to do in a step.
 
         What is free there the device says only once it has ended what it computes: while a step is
         under way it is taken to be what it was, less what this process has come to hold since.
         """
-        stats = self.scheduler.stats()
-        stats.step_tokens = step_tokens
         now, (before, free, total) = self.clock(), self._memory
+        whole = whole or now - self._counted >= CACHE_SECONDS
+        if whole:
+            self._counted = now
+        stats = self.scheduler.stats(cache=whole)
+        stats.step_tokens = step_tokens
         if self._under_way is None and now - self._asked >= MEMORY_SECONDS:
             self._memory = (self.runner.device_memory(), *self.runner.device_room())
             self._measured = self._asked = now

@@ -157,8 +157,6 @@ class Scheduler:
                 if request.wanted:
                     self.checkpoints.take(request)
         admitted = self._admit(now)
-        if self.checkpoints is not None and not admitted:
-            self.checkpoints.ahead()
         packed = self._pack()
         for turn, request in enumerate(packed, self._turns + 1):
             request.served = turn
@@ -208,8 +206,8 @@ class Scheduler:
                 self.checkpoints.disown(request, chunk.start)
         return [self._fail(request, error) for request in lost] + self._announce(work)
 
-    def stats(self) -> Stats:
-        """The gauges now."""
+    def stats(self, *, cache: bool = True) -> Stats:
+        """The gauges now, with those of checkpoints or without."""
         slots, blocks = self.holdings.slots, self.holdings.blocks
         return Stats(
             running=len(self.running),
@@ -221,7 +219,7 @@ class Scheduler:
             step_budget=self.budget.given,
             preemptions=dict(self.preemptions),
             swapped_bytes=self.admission.swapped_bytes,
-            cache=None if self.checkpoints is None else self.checkpoints.stats(),
+            cache=self.checkpoints.stats() if cache and self.checkpoints is not None else None,
         )
 
     def check_integrity(self) -> None:

@@ -155,15 +155,6 @@ class Tiers:
                 return True
         return False
 
-    def ahead(self) -> None:
-        """While no slot is free, have the one that leaves the device next on the host: who comes
-        then waits for no copy. Not with KV blocks, of which it may never have to give any."""
-        if self.holdings.slots.free or self.holdings.block_size:
-            return
-        next_one = next((c for c in self.device if c is not self.spared), None)
-        if next_one is not None and not next_one.on_host:
-            self._to_host(next_one, self.here(next_one))
-
     def hold(self, checkpoint: Checkpoint, *, force: bool = False) -> bool:
         """See that it lies on the host, if need be beyond the budget; whether it does."""
         if checkpoint.on_host:

@@ -59,23 +59,6 @@ def test_the_end_of_a_turn_takes_no_copy():
     assert bench.runner.copies == [] and len(bench.scheduler.checkpoints.tiers.device) == 1
 
 
-def test_who_comes_waits_for_no_copy():
-    """A step in which nobody comes brings to the host what is to leave the device next."""
-    bench = caching(slots=2)
-    bench.add(generate("a", 20, 60))
-    bench.add(generate("b", 20, 20))
-    while "b" not in bench.outputs or bench.finish_of("b") is None:
-        bench.step()
-    bench.step()
-    (left,) = bench.scheduler.checkpoints.tiers.device
-    assert left.on_host and [copy.target.key for copy in bench.runner.copies] == [left.name]
-    bench.add(generate("c", 25, 5))
-    bench.step()
-    assert "c" in bench.scheduler.running and left.slot is None
-    assert len(bench.runner.copies) == 1
-    bench.finish()
-
-
 def test_message_boundaries_are_kept():
     bench = caching()
     head, tail = words(300, 1), words(80, 2)

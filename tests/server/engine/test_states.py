@@ -136,7 +136,7 @@ def test_states_outlive_the_process(tmp_path: Path):
 
 
 def test_a_base_that_went_to_the_disk_and_came_again_is_followed_at_once(tmp_path: Path):
-    bench, document = caching(directory=tmp_path, slots=1, host_bytes=3 * SIZE), words(300, 1)
+    bench, document = caching(directory=tmp_path, slots=1, host_bytes=2 * SIZE), words(300, 1)
     key = state(read(bench, "r", document)).key
     states, checkpoints = bench.scheduler.states, bench.scheduler.checkpoints
     seen = []
