@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.candidates import DEVICE, Found, best, due, error, timed
 from benchmarks.timing import milliseconds
-from kernels import lightning_prefill, tuning
+from kernels import lightning_prefill, lightning_prefill_hopper, tuning
 from kernels.lightning_reference import lightning_reference
 from kernels.packing import Packing
 from kernels.segments import Work
@@ -46,6 +46,7 @@ class Prefilling:
         self.dtype, self.dk, self.dv = dtype, dk, dv
         self.slopes = torch.tensor(SLOPES, device=DEVICE)
         self.ugly = self.inputs(sum(UGLY), len(SLOPES))
+        self.bulk = lightning_prefill_hopper.serves(*self.ugly)
         self.initial = torch.randn(len(UGLY), len(SLOPES), dk, dv, device=DEVICE)
         parts = [x.split(UGLY) for x in self.ugly]
         sure = [
@@ -88,7 +89,7 @@ class Prefilling:
         sure = self.expected[0][rows], self.expected[1][first:end]
         found = zip((o[rows], states), sure, strict=True)
         errors = [error(actual, expected) for actual, expected in found]
-        work = lightning_prefill.work_for(states, where, candidate)
+        work = lightning_prefill.work_for(states, where, candidate, self.bulk)
         return float(torch.tensor(errors).max()), work  # NaN if one is
 
     def reading(self, T: int, H: int) -> Callable[[PrefillTuning], Callable[[], Any]]:
@@ -115,7 +116,8 @@ class Middling:
     def time(self, shape: tuple[int, int], candidate: PrefillTuning) -> float:
         """Milliseconds of a shape."""
         T, H = shape
-        work = lightning_prefill.work_for(self.states[H], self.packings[T], candidate)
+        where = self.packings[T]
+        work = lightning_prefill.work_for(self.states[H], where, candidate, self.trial.bulk)
         stages = candidate.reread.stages if candidate.reread and work.reread else 0
         key = shape, min(work.length, T), work.reread, stages
         if key not in self.measured:

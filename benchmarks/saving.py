@@ -23,6 +23,7 @@ from random import Random
 from typing import Any
 
 import msgspec
+import torch
 
 from benchmarks.result import Row, write
 from benchmarks.serve import Mailbox
@@ -98,6 +99,8 @@ def play(
             loop.turn()
         taken = time.perf_counter() - begin
     finally:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # a step that nobody asks for any more ends
         for name in names:
             delattr(runner, name)  # what the class has is seen again
         runner.saved.clear()

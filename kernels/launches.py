@@ -56,9 +56,9 @@ def _of(descriptor: Any, base: torch.Tensor | None) -> Any:
 
 def launch(kernel: Any, grid: tuple[int, ...], tensors: Tensors, *args: Any, **rest: Any) -> Any:
     """kernel[grid](*args, **rest), and a Launch that makes it again; None where kernels are
-    interpreted. tensors: at least those among the arguments."""
+    interpreted, or one tensor plays two parts. tensors: at least those among the arguments."""
     compiled = kernel[grid](*args, **rest)
-    if compiled is None:
+    if compiled is None or len({id(x) for x in tensors}) < len(tensors):
         return None
     constants = [rest[name] for name in kernel.arg_names[len(args) :]]
     return Launch(compiled[(*grid, 1, 1)[:3]], (*args, *constants), tensors)

@@ -245,16 +245,17 @@ def _outputs_kernel(
         tl.store(p_state, b_s.to(states_ptr.dtype.element_ty), mask=m_s)
 
 
-def work_for(states: torch.Tensor, packing: Packing, tuning: PrefillTuning, copied: bool) -> Work:
-    """How sequences are cut where a card has as many heads going on at a time as it holds. copied:
-    segments that read again what comes before them start from copies of their states."""
+def work_for(states: torch.Tensor, packing: Packing, tuning: PrefillTuning, bulk: bool) -> Work:
+    """How sequences are cut where a card has as many heads going on at a time as it holds. bulk:
+    for Hopper's kernel, whose segments may share a state where each has a processor to itself."""
     H, dk, dv = states.shape[1:]
-    each = -(-dv // tuning.outputs.columns)  # programs of a head
+    each = -(-dv // (hopper.V if bulk else tuning.outputs.columns))  # programs of a head
 
     def heads(resident: int) -> int:
         return max(processors(states.device) * resident // each, 1)
 
-    once = tuning.reread and (heads(tuning.reread.resident), tuning.reread.cost, copied)
+    sharing = heads(1) if bulk else 0
+    once = tuning.reread and (heads(tuning.reread.resident), tuning.reread.cost, sharing)
     return plan(packing, H, heads(tuning.resident), 4 * dk * dv, once)
 
 
@@ -274,7 +275,7 @@ def _triton(
     BLOCK_K = max(next_power_of_2(dk), 16)
     tuning = tuning or prefill_tuning(q.device, q.dtype.itemsize, BLOCK_K)
     bulk = hopper.serves(q, k, v)
-    work = work_for(states, packing, tuning, copied=not bulk)
+    work = work_for(states, packing, tuning, bulk)
     segment_states = torch.empty(work.states, H, dk, dv, dtype=torch.float32, device=q.device)
     rows = packing.cu_seqlens, packing.slots, packing.starts
     rest = (*rows, hopper.readers(q.device)) if bulk else rows

@@ -79,17 +79,18 @@ def reread(
 
 
 def choose(
-    packing: Packing, H: int, programs: int, state_bytes: int, once: tuple[int, float, bool] | None
+    packing: Packing, H: int, programs: int, state_bytes: int, once: tuple[int, float, int] | None
 ) -> tuple[int, bool]:
     """Rows of a segment, and whether segments read again what comes before them.
 
-    once: programs that go on at a time then, the cost of a row, and whether states are copied.
+    once: programs that go on at a time then, the cost of a row, and how many programs may share
+    states because they surely go on at a time; more of them start from copies.
     """
     L, time = scanned(packing.lengths, H, programs, state_bytes)
     if once is None:
         return L, False
-    at_a_time, cost, copied = once
-    copied = copied and (packing.past is None or any(packing.past))
+    at_a_time, cost, sharing = once
+    copied = not sharing and (packing.past is None or any(packing.past))
     shorter, sooner = reread(packing.lengths, H, at_a_time, cost, copied)
     return (shorter, True) if sooner < time else (L, False)
 
@@ -100,7 +101,7 @@ def plan(
     H: int,
     programs: int,
     state_bytes: int,
-    once: tuple[int, float, bool] | None = None,
+    once: tuple[int, float, int] | None = None,
 ) -> Work:
     """The work of a step, which its layers share: one transfer, and nothing asked of the device."""
     L, again = choose(packing, H, programs, state_bytes, once)
@@ -122,7 +123,7 @@ def plan(
     if again:
         cut.sort(key=lambda item: begins[item[2]] - item[0])
         started = packing.past is None or any(packing.past[i] for i, *_ in chains)
-        copied = started and (once is None or once[2] or len(cut) * H > once[0])
+        copied = started and (once is None or len(cut) * H > once[2])
         chains = [(i, i, 0, 0) for i, *_ in chains] if copied else []
         counts = 0, len(cut) * started, len(packing.lengths) * copied
     else:

@@ -153,7 +153,8 @@ class ModelRunner:
     def _leave(
         self, drawn: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.cuda.Event | None]:
-        """What a step has drawn, on the host, and when it is there. A graph has told it."""
+        """What a step has drawn, on the host, and when it is there: until then a kernel may write
+        that memory, of which the allocator does not know. A graph has told it."""
         if self.store.device.type != "cuda":
             return drawn, None
         host = drawn

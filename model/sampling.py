@@ -1,4 +1,4 @@
-"""Sampling: logits to ids for a whole batch on the device, one copy to the host."""
+"""Sampling: logits to ids for a whole batch on the device, and what comes of them on the host."""
 
 from __future__ import annotations
 

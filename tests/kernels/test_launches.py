@@ -99,6 +99,13 @@ def test_what_is_interpreted_is_not_kept():
     assert not known.again((x, y))
 
 
+def test_a_tensor_in_two_parts_says_nothing_of_two_tensors():
+    kernel, known = Kernel(), Launches()
+    x = torch.zeros(4, 8)
+    known.keep((launch(kernel, (1,), (x, x), x, 3, BLOCK=64, desc=x),), (x, x))
+    assert len(kernel.first) == 1 and not known.again((x, x))
+
+
 @pytest.mark.skipif(not CUDA, reason="Triton compiles for a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_that_are_launched_again_compute_the_same(dtype):

@@ -195,7 +195,7 @@ def test_segment_lengths():
 
 
 def test_which_segments_read_again_what_comes_before():
-    def chosen(lengths, once=(132, 0.25, True), start=0, H=16):
+    def chosen(lengths, once=(132, 0.25, 0), start=0, H=16):
         packing = pack(lengths, range(len(lengths)), [start] * len(lengths))
         return segments.plan(packing, H, 132, 4 * 128 * 128, once)
 
@@ -212,9 +212,11 @@ def test_which_segments_read_again_what_comes_before():
     new, going_on = chosen([1024, 64]), chosen([1024, 64], start=7)
     assert (len(new.chains), new.segments, new.states) == (0, 0, 0)
     assert (going_on.chains.tolist(), going_on.segments) == ([[0, 0, 0, 0]], 6)
-    shared = chosen([1024, 64], (132, 0.25, False), start=7)  # without copies, where all go on
+    shared = chosen([1024, 64], (132, 0.25, 96), start=7)  # 6 segments of 16 heads, no copies
     assert (len(shared.chains), shared.segments, shared.states) == (0, 6, 0)
     assert shared.items.tolist() == going_on.items.tolist()
+    more = chosen([1024, 64], (132, 0.25, 95), start=7)
+    assert (more.chains.tolist(), more.states) == (going_on.chains.tolist(), 2)
     assert [row for row, *_ in new.items.tolist()] == [*range(960, -1, -192), 1024]
 
 
