@@ -181,5 +181,6 @@ def down(
     weights: torch.Tensor,
     tuning: ProductTuning,
 ) -> Parts:
-    """h [T K, D], w [E, N, D], as they are or int8, weights [T, K] float32 -> y [T, N]."""
+    """h [T K, D], w [E, N, D], as they are or int8, weights [T, K] float32 -> y [T, N] in
+    parts."""
     return Parts(_product(h, w, order, ends, tuning, False), weights)
