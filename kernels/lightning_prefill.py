@@ -26,7 +26,7 @@ from kernels import lightning_prefill_hopper as hopper
 from kernels.language import dot_precision, expm1, felt, jit, next_power_of_2, tl
 from kernels.launches import Launch, Launches, launch
 from kernels.packing import Packing, output
-from kernels.segments import Work, plan
+from kernels.segments import Work, plan, whole
 from kernels.tuning import PrefillTuning, prefill_tuning, processors
 
 SPAN = 2048  # rows that the torch path works on at a time: they stay in the cache
@@ -247,7 +247,10 @@ def _outputs_kernel(
 
 def work_for(states: torch.Tensor, packing: Packing, tuning: PrefillTuning, bulk: bool) -> Work:
     """How sequences are cut where a card has as many heads going on at a time as it holds. bulk:
-    for Hopper's kernel, whose segments may share a state where each has a processor to itself."""
+    for Hopper's kernel, whose segments may share a state where each has a processor to itself.
+    Those that the host does not know stay whole."""
+    if packing.items is not None:
+        return whole(packing.items)
     H, dk, dv = states.shape[1:]
     each = -(-dv // (hopper.V if bulk else tuning.outputs.columns))  # programs of a head
 
@@ -449,6 +452,14 @@ def _torch(
     o: torch.Tensor,
 ) -> None:
     """Blocks of C rows by matrix products; neighbours of equal length go together."""
+    if packing.items is not None:
+        for row, n, i, _ in packing.items.tolist():
+            if n:
+                at = packing.slots[i : i + 1], packing.starts[i : i + 1]
+                one = Packing((n,), packing.cu_seqlens[:2], *at)
+                q_, k_, v_, o_ = (x[row : row + n] for x in (q, k, v, o))
+                _torch(q_, k_, v_, slopes, scale, states, one, o_)
+        return
     C = 128 if q.shape[-1] > 96 else 64
     decay = tuple(slopes.tolist())
     rows = (0, *accumulate(packing.lengths))
@@ -486,7 +497,8 @@ def lightning_prefill(
 
     states [S, H, dk, dv] float32 or bfloat16, updated in place at packing.slots. q, k, v and the
     states may be views: only the last dimension of q, k, v and a whole state need be contiguous.
-    out: contiguous memory for o.
+    out: contiguous memory for o. Where packing.items say so, T rows are at least those of the
+    sequences, and o of the others is whatever it was.
     """
     T, H, dk = q.shape
     dv = v.shape[-1]
@@ -494,7 +506,8 @@ def lightning_prefill(
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
     assert slopes.shape == (H,) and slopes.dtype == torch.float32 and slopes.is_contiguous()
     assert states.shape[1:] == (H, dk, dv) and states[0].is_contiguous()
-    assert sum(packing.lengths) == T and packing.slots.dtype == torch.int32
+    assert packing.items is not None or sum(packing.lengths) == T
+    assert packing.slots.dtype == torch.int32
     assert packing.starts.dtype == torch.int64 and packing.cu_seqlens.dtype == torch.int32
     o = output((T, H, dv), v, out)
     (_triton if q.is_cuda else _torch)(q, k, v, slopes, scale, states, packing, o)

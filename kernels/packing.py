@@ -17,6 +17,10 @@ class Packing:
     starts:     [N] int64, tokens already folded into the slot; 0 means that the slot's content,
                 whatever it is (NaN included), counts as zero / as an empty window.
     past:       host copy of starts, for those that cut work by it.
+    items:      [M, 4] int32, first row, rows, sequence, 1: the sequences as the device knows them,
+                longest first, for launches that are recorded and made again. Then lengths are
+                empty, and items beyond the last sequence have no rows: they name one of slot -1
+                and start 0.
     """
 
     lengths: tuple[int, ...]
@@ -24,6 +28,7 @@ class Packing:
     slots: torch.Tensor
     starts: torch.Tensor
     past: tuple[int, ...] | None = None
+    items: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         for index, length in enumerate(self.lengths):

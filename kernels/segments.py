@@ -42,6 +42,11 @@ class Work:
     states: int
 
 
+def whole(items: torch.Tensor) -> Work:
+    """The work of sequences that stay whole: their items are all there is."""
+    return Work(0, False, items, items[:0], 0, 0, 0)
+
+
 def scanned(lengths: tuple[int, ...], H: int, programs: int, state_bytes: int) -> tuple[int, float]:
     """Rows of a segment, and the time in rows: as many as should end first where `programs` heads
     go on at a time. Sequences may stay whole."""

@@ -49,7 +49,7 @@ class Batch:
     """T tokens of N sequences. The first `singles` sequences have one row each, the rest follow.
 
     ids [T], positions [T] int64; packing: all sequences; tail: those after the singles, with rows
-    counted from the first of them, and ends [N - singles] int64, the positions at which they end;
+    counted from row `tail_row`, and ends [N - singles] int64, the positions at which they end;
     tables [slots, most blocks] int32, every slot's blocks;
     sample_rows [R] int64: rows whose logits are asked for, in the order of the batch; None: all.
     recorder: takes note of what attends, and what it attends to, where a step is recorded.
@@ -63,6 +63,7 @@ class Batch:
     ends: torch.Tensor | None
     tables: torch.Tensor
     sample_rows: torch.Tensor | None
+    tail_row: int = 0
     recorder: Recorder | None = None
 
     def attend(
@@ -128,6 +129,7 @@ class Batch:
             ends=ends,
             tables=sequences.tables,
             sample_rows=sample_rows,
+            tail_row=singles,
         )
 
 

@@ -1,4 +1,5 @@
-"""Steps of one token of each sequence as CUDA graphs: captured at start-up, one a batch size.
+"""Steps of one token of each sequence, and the ends of all others, as CUDA graphs: captured at
+start-up, one a batch size.
 
 A step of n sequences replays the graph of the next size up. Rows of padding have slot -1: they
 write no state and no block, and their ids go nowhere. A graph begins by taking what the host says
@@ -8,9 +9,11 @@ its ids from there.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -27,6 +30,7 @@ from model.store import Store
 IN_FLIGHT = 4  # turns of the host's memory: more than steps that are under way at a time
 FIRST = (1, 2, 4, 8, 12, 16)  # batch sizes that the ladder begins with
 APART = 8
+Folded = tuple[torch.Tensor, torch.Tensor]  # what Family.fold gives
 
 
 def ladder(most: int, first: Sequence[int] = FIRST, apart: int = APART) -> list[int]:
@@ -95,12 +99,29 @@ class Exchange:
         exchange.tell(ids, self._numbers, self._latest, self._turn, self._told)
 
 
+class _Address:
+    """A tensor's place in memory, which does not keep it from being given back."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": tuple(x.shape),
+            "strides": tuple(stride * x.itemsize for stride in x.stride()),
+            "typestr": f"<i{x.itemsize}",
+            "data": (x.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def alias(x: torch.Tensor) -> torch.Tensor:
+    """The same memory, not owned: a graph keeps its pool, in which others use it again."""
+    return torch.as_tensor(_Address(x), device=x.device).view(x.dtype)
+
+
 @dataclass(slots=True, frozen=True, eq=False)
 class Captured:
-    """A graph, and what it leaves: drawn ids [size] int64 and terms [S, size, V] of logits."""
+    """A graph, and what it leaves until another is replayed: terms [S, size, V] of logits."""
 
     graph: torch.cuda.CUDAGraph
-    ids: torch.Tensor
     terms: torch.Tensor
 
 
@@ -113,24 +134,24 @@ class Replayed:
     terms: torch.Tensor
 
 
-class DecodeGraphs:
-    """The ladder of graphs of one model with its store and sequences."""
+class Graphs(ABC):
+    """A ladder of graphs that draw an id for each row, of one model with its sequences."""
 
-    def __init__(self, model: Family, store: Store, sequences: Sequences, most: int) -> None:
+    def __init__(self, model: Family, slots: int, sequences: Sequences, most: int) -> None:
         self.sizes = ladder(most)
+        self.wishes = Wishes(slots)
         self._model = model
-        self._store = store
-        self._sequences = sequences
-        self.wishes = Wishes(store.slots.count)
         self._exchange = Exchange(most, self.wishes, sequences)
-        self._cu_seqlens = torch.arange(most + 1, dtype=torch.int32, device=store.device)
         self._captured: dict[int, Captured] = {}
 
+    @abstractmethod
+    def _terms(self, size: int) -> torch.Tensor:
+        """Terms of the logits of so many rows, once it is known what they are about."""
+
     @torch.inference_mode()
-    def capture(self) -> None:
+    def capture(self, pool: Any) -> None:
         """Run each size once, which compiles, then record it; the largest first, whose memory the
         others use too."""
-        pool = None
         for size in reversed(self.sizes):
             self._exchange.say((), size)
             self._step(size)
@@ -138,9 +159,37 @@ class DecodeGraphs:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                ids, terms = self._step(size)
-            pool = pool or graph.pool()
-            self._captured[size] = Captured(graph, ids, terms)
+                terms = self._step(size)
+            self._captured[size] = Captured(graph, alias(terms))
+            del terms  # or it would keep its memory from the next
+
+    def _replay(self, chunks: Sequence[Chunk], size: int) -> Replayed:
+        self._exchange.say(chunks, size)
+        captured = self._captured[size]
+        captured.graph.replay()
+        n = len(chunks)
+        return Replayed(self._exchange.heard()[:n], captured.terms[:, :n])
+
+    def _size(self, n: int) -> int:
+        """The next size up."""
+        return self.sizes[bisect_left(self.sizes, n)]
+
+    def _step(self, size: int) -> torch.Tensor:
+        e = self._exchange
+        e.take(size)
+        terms = drawable(self._model, self._terms(size))
+        e.tell(draw(terms, e.temperatures[:size], e.keys[:size]))
+        return terms
+
+
+class DecodeGraphs(Graphs):
+    """Whole steps of one token of each sequence."""
+
+    def __init__(self, model: Family, store: Store, sequences: Sequences, most: int) -> None:
+        super().__init__(model, store.slots.count, sequences, most)
+        self._store = store
+        self._sequences = sequences
+        self._cu_seqlens = torch.arange(most + 1, dtype=torch.int32, device=store.device)
 
     def serve(self, chunks: Sequence[Chunk]) -> bool:
         """Whether a step is one of theirs: it has one token of every sequence."""
@@ -148,16 +197,10 @@ class DecodeGraphs:
 
     def replay(self, chunks: Sequence[Chunk]) -> Replayed:
         """Fold the chunks in."""
-        n = len(chunks)
-        size = self.sizes[bisect_left(self.sizes, n)]
-        self._exchange.say(chunks, size)
-        captured = self._captured[size]
-        captured.graph.replay()
-        return Replayed(self._exchange.heard()[:n], captured.terms[:, :n])
+        return self._replay(chunks, self._size(len(chunks)))
 
-    def _step(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _terms(self, size: int) -> torch.Tensor:
         e = self._exchange
-        e.take(size)
         slots, positions = e.slots[:size], e.positions[:size]
         batch = Batch(
             ids=e.ids[:size],
@@ -169,7 +212,27 @@ class DecodeGraphs:
             tables=self._sequences.tables,
             sample_rows=None,
         )
-        terms = drawable(self._model, forward(self._model, batch, self._store))
-        ids = draw(terms, e.temperatures[:size], e.keys[:size])
-        e.tell(ids)
-        return ids, terms
+        return forward(self._model, batch, self._store)
+
+
+class EndGraphs(Graphs):
+    """What follows Family.fold of a step, for rows that ask. like: what fold gives of any step."""
+
+    def __init__(
+        self, model: Family, slots: int, sequences: Sequences, most: int, like: Folded
+    ) -> None:
+        super().__init__(model, slots, sequences, most)
+        self._rows = tuple(x.new_zeros(most, *x.shape[1:]) for x in like)
+
+    def serve(self, count: int) -> bool:
+        """Whether so many rows may ask."""
+        return count <= self.sizes[-1]
+
+    def replay(self, chunks: Sequence[Chunk], folded: Folded, rows: torch.Tensor) -> Replayed:
+        """Draw for these chunks, whose are these rows [n] int64 of what was folded."""
+        for x, kept in zip(folded, self._rows, strict=True):
+            torch.index_select(x, 0, rows, out=kept[: len(rows)])
+        return self._replay(chunks, self._size(len(chunks)))
+
+    def _terms(self, size: int) -> torch.Tensor:
+        return self._model.finish(*(x[:size] for x in self._rows))

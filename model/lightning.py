@@ -62,14 +62,11 @@ class Lightning:
 
     def __call__(self, heads: Heads, batch: Batch, store: Store) -> None:
         """Sequences of one row take the decode kernel, longer ones the chunked kernel."""
-        n = batch.singles
-        if batch.tail is None:
-            self._decode(heads, batch.packing, store)
-        elif n == 0:
-            self._prefill(heads, batch, store)
-        else:
-            self._decode(heads[:n], batch.packing, store)
-            self._prefill(heads[n:], batch, store)
+        n, row = batch.singles, batch.tail_row
+        if n:
+            self._decode(heads if n == len(heads.q) else heads[:n], batch.packing, store)
+        if batch.tail is not None:
+            self._prefill(heads[row:] if row else heads, batch, store)
 
     def _rings(self, store: Store) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Keys, values and how far each state is folded; None without rings."""

@@ -4,46 +4,36 @@ of row counts.
 Attention alone asks which rows are of one sequence. So what lies between two attentions is a graph,
 replayed for the next number of rows up, and attention is launched between them as the step has it,
 over the rows that there are. Rows of padding hold whatever was there, and no other row sees them.
+
+A step of few rows takes the device less time than launching attention in every layer takes the
+host. For such steps there is a second chain, of which lightning attention is a part: it reads where
+rows go from memory that is filled before (Places), and cuts no sequence.
 """
 
 from __future__ import annotations
 
 import gc
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 
-from model.batch import Attention, Batch, Heads
+from kernels.packing import Packing
+from model.batch import Attention, Batch, Heads, Recorder
 from model.chunk import Chunk
 from model.families import Family
-from model.graphs import ladder
+from model.graphs import Folded, alias, ladder
+from model.lightning import Lightning
 from model.sequences import Sequences
 from model.store import Store
 
 APART = 16  # rows: sizes are multiples of it
-Folded = tuple[torch.Tensor, torch.Tensor]  # what Family.fold gives
-
-
-class _Address:
-    """A tensor's place in memory, which does not keep it from being given back."""
-
-    def __init__(self, x: torch.Tensor) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": tuple(x.shape),
-            "strides": tuple(stride * x.itemsize for stride in x.stride()),
-            "typestr": f"<i{x.itemsize}",
-            "data": (x.data_ptr(), False),
-            "version": 3,
-        }
-
-
-def alias(x: torch.Tensor) -> torch.Tensor:
-    """The same memory, not owned: a graph keeps its pool, in which later pieces use it again."""
-    return torch.as_tensor(_Address(x), device=x.device).view(x.dtype)
+FEW = 1024  # rows of a step whose lightning attention is part of its graphs, at most
+TAILS = 16  # and its sequences of more than one row
 
 
 @contextmanager
@@ -55,6 +45,10 @@ def _no_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def _pass_over(attention: Attention, heads: Heads) -> None:
+    """Attention is compiled by steps that are not captured."""
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -75,6 +69,65 @@ class Chain:
     folded: Folded
 
 
+class Places:
+    """Where the rows of a step go, in memory that stays: of up to `singles` sequences of one row,
+    then of up to TAILS longer ones."""
+
+    def __init__(self, singles: int, device: torch.device) -> None:
+        self._singles = singles
+        words = 2 * TAILS + -(-(singles + 5 * TAILS) // 2)
+        self._memory = torch.zeros(words, dtype=torch.int64, device=device)
+        self._cu_seqlens = torch.zeros(TAILS + 1, dtype=torch.int32, device=device)  # not read
+        self.fill((), 0)
+
+    def _views(self, memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """starts and ends [TAILS] int64, slots of singles and tails, items [TAILS, 4] int32."""
+        words, numbers = memory[: 2 * TAILS], memory[2 * TAILS :].view(torch.int32)
+        slots, rest = numbers[: self._singles], numbers[self._singles :]
+        return *words.view(2, TAILS), slots, rest[:TAILS], rest[TAILS : 5 * TAILS].view(TAILS, 4)
+
+    def serve(self, batch: Batch) -> bool:
+        """Whether a step has not too many sequences."""
+        return len(batch.packing.lengths) - batch.singles <= TAILS
+
+    def fill(self, chunks: Sequence[Chunk], singles: int) -> None:
+        """Say where the rows of chunks go, of which the first have one row each, by one copy."""
+        device = self._memory.device
+        host = torch.zeros(self._memory.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+        starts, ends, slots, tail_slots, items = (x.numpy() for x in self._views(host))
+        slots[singles:], tail_slots[:], items[:, 2] = -1, -1, range(TAILS)
+        if singles:
+            slots[:singles] = [chunk.slot for chunk in chunks[:singles]]
+        tail = chunks[singles:]
+        if tail:
+            n = len(tail)
+            tail_slots[:n] = [chunk.slot for chunk in tail]
+            starts[:n] = [chunk.start for chunk in tail]
+            lengths = [len(chunk.tokens) for chunk in tail]
+            ends[:n] = starts[:n] + lengths
+            rows = accumulate(lengths[:-1], initial=singles)
+            cut = [
+                (row, length, i, 1)
+                for i, (row, length) in enumerate(zip(rows, lengths, strict=True))
+            ]
+            items[:n] = sorted(cut, key=lambda item: -item[1])
+        self._memory.copy_(host, non_blocking=True)
+
+    def placed(self, batch: Batch) -> Batch:
+        """A step of as many rows, as lightning attention is to read it: rows that are not the only
+        ones of their sequence count as padding among those that are."""
+        starts, ends, slots, tail_slots, items = self._views(self._memory)
+        singles = min(len(batch.ids), self._singles)
+        return replace(
+            batch,
+            singles=singles,
+            packing=Packing((), self._cu_seqlens, slots[:singles], batch.positions[:singles]),
+            tail=Packing((), self._cu_seqlens, tail_slots, starts, items=items),
+            ends=ends,
+            tail_row=0,
+        )
+
+
 class PiecewiseGraphs:
     """The chains of one model with its store, for steps of up to `most` rows."""
 
@@ -85,58 +138,83 @@ class PiecewiseGraphs:
         self._sequences = sequences
         self._ids = torch.zeros(most, dtype=torch.int64, device=store.device)
         self._positions = torch.zeros(most, dtype=torch.int64, device=store.device)
+        self._places = Places(store.slots.count, store.device)
         self._chains: dict[int, Chain] = {}
+        self._short: dict[int, Chain] = {}  # of few rows, with lightning attention inside
 
     @torch.inference_mode()
     def capture(self) -> None:
         """Run each size once, which compiles, then record it; the largest first, whose memory the
         others use too."""
         for size in self.sizes:
-            self._model.fold(self._padded(size), self._store)
+            self._model.fold(self._padded(size, size <= FEW, _pass_over), self._store)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         pool = torch.cuda.graph_pool_handle()
         with _no_collection(), torch.cuda.stream(torch.cuda.Stream(self._store.device)):
             for size in reversed(self.sizes):
-                self._chains[size] = self._record(self._padded(size), pool)
+                self._record(size, pool)
         torch.cuda.synchronize()
 
-    def _padded(self, size: int) -> Batch:
-        """A step of so many rows, without its attention, which alone would ask whose they are."""
+    def _padded(self, size: int, short: bool, pause: Recorder) -> Batch:
+        """A step of so many rows, of nobody. pause: instead of attention that is no part of it."""
         anyone = Batch.pack([Chunk(tokens=[0, 0], start=0, slot=0)], self._sequences)
-        return replace(
-            anyone,
-            ids=self._ids[:size],
-            positions=self._positions[:size],
-            recorder=lambda attention, heads: None,
-        )
+        batch = replace(anyone, ids=self._ids[:size], positions=self._positions[:size])
+        if not short:
+            return replace(batch, recorder=pause)
+        placed = self._places.placed(batch)
 
-    def _record(self, batch: Batch, pool: Any) -> Chain:
+        def record(attention: Attention, heads: Heads) -> None:
+            if isinstance(attention, Lightning):
+                attention(heads, placed, self._store)
+            else:
+                pause(attention, heads)
+
+        return replace(placed, recorder=record)
+
+    def _record(self, size: int, pool: Any) -> None:
+        """The chains of one size."""
+        self._chains[size] = self._chain(size, False, pool)
+        if size <= FEW:
+            self._short[size] = self._chain(size, True, pool)
+
+    def _chain(self, size: int, short: bool, pool: Any) -> Chain:
         pieces: list[Piece] = []
         graph = torch.cuda.CUDAGraph()
 
-        def record(attention: Attention, heads: Heads) -> None:
+        def pause(attention: Attention, heads: Heads) -> None:
             nonlocal graph
             graph.capture_end()
             pieces.append(Piece(graph, attention, Heads(*map(alias, heads.tensors))))
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(pool=pool)
 
+        batch = self._padded(size, short, pause)
         graph.capture_begin(pool=pool)
-        x, mixed = self._model.fold(replace(batch, recorder=record), self._store)
+        x, mixed = self._model.fold(batch, self._store)
         graph.capture_end()
         return Chain(pieces, graph, (alias(x), alias(mixed)))
+
+    @property
+    def gives(self) -> Folded:
+        """What fold gives of one row."""
+        x, mixed = self._chains[self.sizes[0]].folded
+        return x[:1], mixed[:1]
 
     def serve(self, batch: Batch) -> bool:
         """Whether a step is one of theirs."""
         return len(batch.ids) <= self.sizes[-1]
 
-    def fold(self, batch: Batch) -> Folded:
-        """Family.fold; what it gives is theirs until the next step."""
+    def fold(self, batch: Batch, chunks: Sequence[Chunk]) -> Folded:
+        """Family.fold of a step of these chunks; what it gives is theirs until the next step."""
         T = len(batch.ids)
-        chain = self._chains[self.sizes[bisect_left(self.sizes, T)]]
+        size = self.sizes[bisect_left(self.sizes, T)]
         self._ids[:T].copy_(batch.ids)
         self._positions[:T].copy_(batch.positions)
+        chain = self._chains[size]
+        if size in self._short and self._places.serve(batch):
+            chain = self._short[size]
+            self._places.fill(chunks, batch.singles)
         for p in chain.pieces:
             p.graph.replay()
             p.attention(p.heads[:T], batch, self._store)

@@ -19,7 +19,7 @@ from model.batch import Batch
 from model.chunk import Capacity, Chunk, Copy, OutOfDeviceMemory, Sampled, Sampling
 from model.config import ConfigError, Fields
 from model.families import Family, added, build, drawable
-from model.graphs import DecodeGraphs, ladder
+from model.graphs import DecodeGraphs, EndGraphs, Replayed
 from model.lightning import Memory
 from model.pieces import PiecewiseGraphs
 from model.sampling import Seen, read, sample
@@ -75,6 +75,7 @@ class ModelRunner:
         self.overlaps = store.device.type == "cuda"
         self.graphs: DecodeGraphs | None = None
         self.pieces: PiecewiseGraphs | None = None
+        self.ends: EndGraphs | None = None
         self.parameters: Parameters | None = None
 
     def step(self, chunks: list[Chunk]) -> list[Sampled | None]:
@@ -122,27 +123,37 @@ class ModelRunner:
         replayed = graphs.replay(chunks)
         if graphs.wishes.plain(chunks):
             return replayed.ids
+        return self._sample(replayed, chunks)
+
+    def _run(self, chunks: list[Chunk]) -> torch.Tensor | None:
+        """Any step, by graphs as far as they go. What it draws is for those that ask."""
+        batch = Batch.pack(chunks, self.sequences)
+        if self.pieces is not None and self.pieces.serve(batch):
+            folded = self.pieces.fold(batch, chunks)
+        else:
+            folded = self.model.fold(batch, self.store)
+        asking = [chunk for chunk in chunks if chunk.sampling is not None]
+        if not asking:
+            return None
+        if self.ends is not None and self.ends.serve(len(asking)):
+            assert batch.sample_rows is not None
+            replayed = self.ends.replay(asking, folded, batch.sample_rows)
+            if self.ends.wishes.plain(asking):
+                return replayed.ids
+            return self._sample(replayed, asking)
+        terms = self.model.finish(*batch.sampled(*folded))
+        drawn = sample(added(drawable(self.model, terms)), asking, self.seen)
+        self._remember(asking, drawn)
+        return drawn
+
+    def _sample(self, replayed: Replayed, chunks: list[Chunk]) -> torch.Tensor:
+        """Draw as chunks ask, of whose rows a graph has left logits: for those that ask."""
         logits = added(replayed.terms)
         asking = [chunk for chunk in chunks if chunk.sampling is not None]
         if len(asking) < len(chunks):
             places = [i for i, chunk in enumerate(chunks) if chunk.sampling is not None]
             logits = logits[upload(places, self.store.device, np.int64)]
         drawn = sample(logits, asking, self.seen)
-        self._remember(asking, drawn)
-        return drawn
-
-    def _run(self, chunks: list[Chunk]) -> torch.Tensor | None:
-        """Any step."""
-        batch = Batch.pack(chunks, self.sequences)
-        if self.pieces is not None and self.pieces.serve(batch):
-            folded = self.pieces.fold(batch)
-        else:
-            folded = self.model.fold(batch, self.store)
-        asking = [chunk for chunk in chunks if chunk.sampling is not None]
-        if not asking:
-            return None
-        terms = self.model.finish(*batch.sampled(*folded))
-        drawn = sample(added(drawable(self.model, terms)), asking, self.seen)
         self._remember(asking, drawn)
         return drawn
 
@@ -362,10 +373,14 @@ def load_runner(
         runner.warm_up(tokens)
     if where.type == "cuda":
         with _phase(seconds, "graphs"):
-            runner.graphs = DecodeGraphs(model, store, runner.sequences, min(slots, CAPTURED))
-            runner.graphs.capture()
+            most, pool = min(slots, CAPTURED), torch.cuda.graph_pool_handle()
+            runner.graphs = DecodeGraphs(model, store, runner.sequences, most)
+            runner.graphs.capture(pool)
             runner.pieces = PiecewiseGraphs(model, store, runner.sequences, step_tokens)
             runner.pieces.capture()
+            like = runner.pieces.gives
+            runner.ends = EndGraphs(model, store.slots.count, runner.sequences, most, like)
+            runner.ends.capture(pool)
             # again: capturing has emptied the allocator's cache; what is served by graphs from here
             # on was compiled without them by the first time
             runner.warm_up(tokens)
@@ -394,9 +409,8 @@ def divide(budget: int, slot_bytes: int, block_bytes: int, max_running: int) -> 
 
 def sampling_bytes(max_running: int, vocab_size: int) -> int:
     """When every running sequence asks for a token at once: logits, and copies while sampling; and
-    the two terms of the logits that each graph keeps."""
-    captured = sum(ladder(min(max_running, CAPTURED)))
-    return (8 * max_running + 2 * captured) * vocab_size * 4
+    the two terms of the logits that the largest graph leaves, of whole steps and of ends."""
+    return (8 * max_running + 4 * min(max_running, CAPTURED)) * vocab_size * 4
 
 
 def longest(asked: int | None, blocks: int, positions: int | None) -> int | None:

@@ -122,6 +122,32 @@ def test_every_tuning_of_the_card(device, itemsize, dk, short_segments):
     check([330, 70], [3, 0], dk=dk, dv=128, dtype=dtype, device=device, H=4)
 
 
+@pytest.mark.parametrize(("dk", "dv"), [(128, 128), (48, 80)])
+def test_sequences_that_the_device_alone_knows(device, dtype, dk, dv):
+    """Rows of others lie before, between and behind theirs; items past the last have no rows."""
+    H, T, N = 2, 200, 4
+    q, k, v = interleaved(T, H, (dk, dk, dv), dtype, device)
+    slopes = torch.tensor(SLOPES[:H], device=device)
+    (states,) = pool(N, (H, dk, dv), device=device)
+    sequences = {3: (3, 100, 7), 0: (110, 65, 0)}  # slot: first row, rows, start
+    states[3] = before = torch.randn(H, dk, dv, device=device)
+    empty = pack([], [3, 0, -1, -1], [7, 0, 0, 0], device)
+    cut = [(*sequences[slot][:2], i, 1) for i, slot in enumerate((3, 0))]
+    items = torch.tensor([*cut, (0, 0, 2, 0), (0, 0, 3, 0)], dtype=torch.int32, device=device)
+    out = torch.full((T, H, dv), 5.0, device=device).to(dtype)
+    packing = replace(empty, items=items)
+    lightning_prefill(q, k, v, slopes, 0.3, states, packing, out=out)
+    others = torch.ones(T, dtype=torch.bool)
+    for slot, (first, n, start) in sequences.items():
+        rows = slice(first, first + n)
+        others[rows] = False
+        S = before if start else torch.zeros_like(before)
+        expected, state = lightning_reference(q[rows], k[rows], v[rows], slopes, 0.3, S)
+        assert error(out[rows], expected) <= BOUND[dtype]
+        assert error(states[slot], state) <= BOUND[dtype]
+    assert (out[others] == 5).all() and states[1:3].isnan().all()
+
+
 @triton_only
 @pytest.mark.parametrize("cut", [None, False, True], ids=["whole", "scanned", "reread"])
 def test_nan_stays_with_its_sequence(device, dtype, cut, monkeypatch):

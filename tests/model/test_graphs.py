@@ -195,7 +195,7 @@ def test_what_graphs_record_draws_what_eager_steps_draw(
 
     def replay(chunks: list[Chunk]) -> Replayed:
         graphs._exchange.say(chunks, 4)
-        _, terms = graphs._step(4)
+        terms = graphs._step(4)
         return Replayed(graphs._exchange.heard()[: len(chunks)], terms[:, : len(chunks)])
 
     monkeypatch.setattr(graphs, "replay", replay)

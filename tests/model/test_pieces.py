@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,13 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels import experts
 from model import pieces
 from model.batch import Batch
-from model.chunk import Chunk
+from model.chunk import Chunk, Sampling
 from model.families import added, forward
-from model.graphs import ladder
-from model.pieces import APART, PiecewiseGraphs
+from model.graphs import EndGraphs, Replayed, ladder
+from model.lightning import Lightning
+from model.pieces import APART, TAILS, PiecewiseGraphs
 from model.runner import ModelRunner
 from tests.model.checkpoints import KINDS
-from tests.model.harness import Sequence, load, prompt
+from tests.model.harness import GREEDY, Sequence, load, prompt
 
 CUDA = torch.cuda.is_available()
 MOST = 80  # rows of a step here
@@ -29,9 +31,23 @@ class Recorded(TorchDispatchMode):
     """A CUDA graph's part on the CPU: it keeps operations as they run, and runs them again on the
     memory that they read and wrote."""
 
+    current: Recorded | None = None
+
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
+
+    @classmethod
+    def whole(cls, call: Callable[..., None]) -> Callable[..., None]:
+        """A call that is kept as one operation: what it does depends on numbers."""
+
+        def kept(*args: Any) -> None:
+            if cls.current is None:
+                call(*args)
+            else:
+                cls.current.calls.append((call, args, {}, None))
+
+        return kept
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -41,10 +57,12 @@ class Recorded(TorchDispatchMode):
         return result
 
     def capture_begin(self, pool: object) -> None:
+        Recorded.current = self
         self.__enter__()
 
     def capture_end(self) -> None:
         self.__exit__(None, None, None)
+        Recorded.current = None
 
     def replay(self) -> None:
         for func, args, kwargs, result in self.calls:
@@ -95,32 +113,50 @@ def steps(runner: ModelRunner, graphs: PiecewiseGraphs | None) -> list[torch.Ten
             logits.append(added(forward(runner.model, batch, runner.store)).cpu())
         else:
             assert graphs.serve(batch)
-            folded = graphs.fold(batch)
+            folded = graphs.fold(batch, chunks)
             assert len(folded[0]) == len(batch.ids)
             logits.append(added(runner.model.finish(*batch.sampled(*folded))).cpu())
     return logits
 
 
+@pytest.fixture(params=[TAILS, 1], ids=["inside", "between"])
+def tails(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Whether lightning attention is a part of the graphs: with one long sequence at most, all but
+    one of the steps that have one are recorded around it."""
+    monkeypatch.setattr(pieces, "TAILS", request.param)
+    return int(request.param)
+
+
 @pytest.mark.skipif(CUDA, reason="the kernels there are no operations of PyTorch")
 def test_what_pieces_record_folds_what_whole_steps_fold(
-    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, tails: int
 ) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
     monkeypatch.setattr(pieces, "alias", lambda x: x)
     monkeypatch.setattr(experts, "_looped", experts._masked)  # what is recorded asks for no numbers
     expected = steps(runner, None)
     graphs = PiecewiseGraphs(runner.model, runner.store, runner.sequences, MOST)
+    attend = Lightning.__call__
+    monkeypatch.setattr(Lightning, "__call__", Recorded.whole(attend))
     with torch.inference_mode():
         for size in reversed(graphs.sizes):
-            graphs._chains[size] = graphs._record(graphs._padded(size), (0, 0))
+            graphs._record(size, (0, 0))
+    seen = []
+
+    def attended(*args: Any) -> None:
+        seen.append(args[2].tail is not None and args[2].tail.items is not None)
+        attend(*args)
+
+    monkeypatch.setattr(Lightning, "__call__", attended)
     runner.store.slots.poison()
     graphs._ids.fill_(3)  # rows of padding hold anything
     for got, want in zip(steps(runner, graphs), expected, strict=True):
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+    assert not any(seen) and bool(seen) == (tails == 1), "what is launched between is of the step"
 
 
 @pytest.mark.skipif(not CUDA, reason="CUDA graphs")
-def test_pieces_fold_what_whole_steps_fold(runner: ModelRunner) -> None:
+def test_pieces_fold_what_whole_steps_fold(runner: ModelRunner, tails: int) -> None:
     expected = steps(runner, None)
     graphs = PiecewiseGraphs(runner.model, runner.store, runner.sequences, MOST)
     graphs.capture()
@@ -132,6 +168,49 @@ def test_pieces_fold_what_whole_steps_fold(runner: ModelRunner) -> None:
     for field in runner.store.slots.views.values():
         if field.is_floating_point():
             assert field[free].isnan().all()
+
+
+def test_the_end_of_a_step_draws_what_it_draws_at_once(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows of five ask, whatever stood where they are gathered."""
+    sequences = [Sequence(runner, prompt(90, i), slot=i) for i in (1, 2, 4)]
+    warm = Sampling(temperature=0.8, seed=5)
+    asks = (warm, None, GREEDY)
+    chunks = [
+        msgspec.structs.replace(sequence.chunk(n), sampling=sampling)
+        for sequence, n, sampling in zip(sequences, (1, 2, 2), asks, strict=True)
+    ]
+    drawn = []
+    for ended in (False, True):
+        runner.ends = None
+        if ended:
+            with torch.inference_mode():
+                runner.sequences.keep(chunks)
+                like = runner.model.fold(Batch.pack(chunks, runner.sequences), runner.store)
+            runner.ends = EndGraphs(runner.model, runner.capacity.slots, runner.sequences, 4, like)
+            if CUDA:
+                runner.ends.capture(torch.cuda.graph_pool_handle())
+            else:
+                monkeypatch.setattr(runner.ends, "_replay", eager(runner.ends))
+        drawn.append(runner.step(chunks))
+        latest = runner.sequences.latest.tolist()
+        assert [latest[1 + chunk.slot] for chunk in (chunks[0], chunks[2])] == [
+            sampled.token for sampled in drawn[-1] if sampled is not None
+        ]
+    assert drawn[0] == drawn[1] and drawn[0][1] is None
+    runner.ends = None
+
+
+def eager(ends: EndGraphs) -> Callable[..., Replayed]:
+    """What is captured, run instead."""
+
+    def replay(chunks: list[Chunk], size: int) -> Replayed:
+        ends._exchange.say(chunks, size)
+        terms = ends._step(size)
+        return Replayed(ends._exchange.heard()[: len(chunks)], terms[:, : len(chunks)])
+
+    return replay
 
 
 @pytest.mark.skipif(not CUDA, reason="CUDA graphs")
