@@ -98,6 +98,8 @@ class ModelRunner:
             self.sequences.keep(ordered)
             self.seen.record(ordered, self.sequences)
             drawn = self._run(ordered) if graphs is None else self._replay(graphs, ordered)
+            if graphs is not None:  # the device is busy for longer than the host was
+                self.store.depart()
             return Launched(chunks, asking, *self._leave(drawn))
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
@@ -198,6 +200,7 @@ class ModelRunner:
                 self.store.move(source.slot, target.slot, pairs)
                 self._set_seen(target.slot, seen)
             elif source.key is not None and target.image is not None:
+                self.store.depart()
                 target.image.fill(
                     partial(
                         image.tensors,

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 ALIGNMENT = 256  # bytes; vector loads and copies want aligned fields
 PIECE_BYTES = 16 << 20  # of device memory that saving or restoring blocks takes
+QUEUED_BYTES = 256 << 20  # of device memory that states may take which have not departed
 
 
 @dataclass(slots=True, frozen=True)
@@ -71,22 +72,36 @@ class Rows:
             view.fill_(float("nan") if view.is_floating_point() else 1 << 60)
 
 
+class Transfer:
+    """Of what is saved, the part that goes to the host: begun by Store.depart(), over later."""
+
+    def __init__(self) -> None:
+        self.done = torch.cuda.Event()
+        self.begun = False
+
+    def wait(self) -> None:
+        """Return once it is over."""
+        if not self.begun:
+            raise RuntimeError("what was saved has not departed")
+        self.done.synchronize()
+
+
 @dataclass(slots=True, frozen=True)
 class Saved:
     """A state on the host: one slot's bytes and those of its blocks, and the tokens it has seen.
 
-    `done` is when the device has written them; None: they are there.
+    `transfer` brings them there; None: they are there.
     """
 
     slot: torch.Tensor
     blocks: torch.Tensor
     seen: torch.Tensor | None = None
-    done: torch.cuda.Event | None = None
+    transfer: Transfer | None = None
 
     def wait(self) -> None:
         """Return once the bytes are there."""
-        if self.done is not None:
-            self.done.synchronize()
+        if self.transfer is not None:
+            self.transfer.wait()
 
 
 class Store:
@@ -94,7 +109,8 @@ class Store:
 
     slot_fields are per slot, block_fields per block of block_size positions. On CUDA states leave
     for pinned host memory on a stream of their own: a step after a save waits for a copy on the
-    device only.
+    device only. To begin the transfer takes the host as long as several launches; that is left to
+    depart(), for a moment at which the device has enough to do.
     """
 
     def __init__(
@@ -112,26 +128,39 @@ class Store:
         self.slots = Rows(slot_fields, slots, device)
         self.blocks = Rows(block_fields, blocks, device)
         self._leaving = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._transfer: Transfer | None = None  # of what has been saved and not departed
+        self._queued: list[tuple[torch.Tensor, torch.Tensor]] = []  # to the host, from a copy
         self._no_blocks = torch.empty(0, self.blocks.bytes, dtype=torch.uint8)
 
     def save(self, slot: int, blocks: tuple[int, ...], seen: torch.Tensor | None) -> Saved:
-        """Copy a slot and blocks to host memory, bit for bit. It needs as much of the device for a
-        while; where that has no memory left, the steps after it wait for the transfer instead."""
+        """Copy a slot and blocks to host memory, bit for bit: on CUDA once it has departed. It
+        needs as much of the device for a while; where that has no memory left, the steps after it
+        wait for the transfer instead."""
         host, host_blocks = self.host(len(blocks))
         row = self.slots.memory[slot]
+        if self._leaving is not None and self._transfer is None:
+            self._transfer = Transfer()
+        transfer = self._transfer
         try:
             self._leave(host, self._aside(row))
             for rows, index in self._pieces(blocks):
                 self._leave(host_blocks[rows], self.blocks.memory[index])
+                self._send()  # the device has room for one piece
         except torch.OutOfMemoryError:
             rest = [self.blocks.memory[block] for block in blocks]
             self._leave_at_once([host, *host_blocks], [row, *rest])
-        return Saved(
-            slot=host,
-            blocks=host_blocks,
-            seen=None if seen is None else self._leave_seen(seen),
-            done=None if self._leaving is None else self._leaving.record_event(),
-        )
+        kept = None if seen is None else self._leave_seen(seen)
+        if sum(part.nbytes for _, part in self._queued) > QUEUED_BYTES:
+            self.depart()
+        return Saved(slot=host, blocks=host_blocks, seen=kept, transfer=transfer)
+
+    def depart(self) -> None:
+        """Begin the transfer of all that has been saved and has not departed."""
+        transfer, self._transfer = self._transfer, None
+        if transfer is not None and self._leaving is not None:
+            self._send()
+            transfer.done.record(self._leaving)
+            transfer.begun = True
 
     def host(self, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Host memory for the bytes of a slot and of so many blocks; pinned beside a GPU, as far
@@ -156,8 +185,9 @@ class Store:
         """Copy a saved state into a slot and blocks, as many blocks as were saved."""
         if len(blocks) != len(saved.blocks):
             raise ValueError(f"{len(saved.blocks)} blocks were saved, {len(blocks)} are given")
-        if saved.done is not None:
-            torch.cuda.current_stream(self.device).wait_event(saved.done)
+        if saved.transfer is not None:
+            self.depart()
+            torch.cuda.current_stream(self.device).wait_event(saved.transfer.done)
         self.slots.memory[slot].copy_(saved.slot, non_blocking=True)
         try:
             for rows, index in self._pieces(blocks):
@@ -191,18 +221,24 @@ class Store:
         blocks may change meanwhile."""
         if self._leaving is None:
             host.copy_(part)
+        else:
+            self._queued.append((host, part))
+
+    def _send(self) -> None:
+        """Begin to copy what is queued, behind all that was launched."""
+        if self._leaving is None:
             return
         self._leaving.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._leaving):
-            host.copy_(part, non_blocking=True)
-        part.record_stream(self._leaving)
+            for host, part in self._queued:
+                host.copy_(part, non_blocking=True)
+                part.record_stream(self._leaving)
+        self._queued.clear()
 
     def _leave_at_once(self, hosts: list[torch.Tensor], parts: list[torch.Tensor]) -> None:
         """Copy to the host what may change after: what comes after waits for it."""
         for host, part in zip(hosts, parts, strict=True):
             host.copy_(part, non_blocking=True)
-        if self._leaving is not None:
-            self._leaving.wait_stream(torch.cuda.current_stream(self.device))
 
     def _pieces(self, blocks: tuple[int, ...]) -> Iterator[tuple[slice, torch.Tensor]]:
         """Rows of the host copy, and the blocks they belong to, as many as PIECE_BYTES holds: the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.store import PIECE_BYTES, Field, Saved, Store
+from model.store import PIECE_BYTES, QUEUED_BYTES, Field, Saved, Store
 
 CUDA = torch.cuda.is_available()
 SLEEP = 2_000_000_000  # cycles, about a second
@@ -28,6 +28,7 @@ def overwrite(store: Store) -> None:
 
 def check(store: Store, saved: Saved, before: tuple[torch.Tensor, torch.Tensor]) -> None:
     """The bytes are those that were there, and come back into other places."""
+    store.depart()
     saved.wait()
     slots, blocks = before
     assert torch.equal(saved.slot, slots[1].cpu())
@@ -54,16 +55,45 @@ def test_a_state_leaves_on_a_stream_of_its_own_for_pinned_memory() -> None:
     store = store_on("cuda")
     before = store.slots.memory.clone(), store.blocks.memory.clone()
     seen = torch.arange(100, device="cuda")
-    store.save(1, (6, 1, 3, 0, 7), seen).wait()  # the allocators have what they need
+    store.save(1, (6, 1, 3, 0, 7), seen)  # the allocators have what they need
+    store.depart()
+    torch.cuda.synchronize()
     assert store._leaving is not None and store._leaving != torch.cuda.current_stream()
     with torch.cuda.stream(store._leaving):
         torch.cuda._sleep(SLEEP)
     saved = store.save(1, (6, 1, 3, 0, 7), seen)
-    assert saved.seen is not None and saved.done is not None
+    store.depart()
+    assert saved.seen is not None and saved.transfer is not None
     assert saved.slot.is_pinned() and saved.blocks.is_pinned() and saved.seen.is_pinned()
     overwrite(store)
     seen.zero_()
     torch.cuda.current_stream().synchronize()
-    assert not saved.done.query(), "the steps waited for the copies, or these for nobody"
+    assert not saved.transfer.done.query(), "the steps waited for the copies, or these for nobody"
     check(store, saved, before)
     assert torch.equal(saved.seen, torch.arange(100))
+
+
+@pytest.mark.skipif(not CUDA, reason="streams of a GPU")
+def test_states_that_were_saved_depart_together() -> None:
+    """Until then nobody may wait for them; they are what they were when they were saved. One that
+    comes back departs before, and so do more than the device shall keep a copy of."""
+    store = Store([Field("state.0", (1 << 20,), torch.float32)], [], slots=3, blocks=0,
+                  device=torch.device("cuda"))  # fmt: skip
+    store.slots.memory.random_(256)
+    before = store.slots.memory.clone()
+    first, second = store.save(0, (), None), store.save(1, (), torch.arange(9, device="cuda"))
+    store.slots.memory.zero_()
+    with pytest.raises(RuntimeError, match="has not departed"):
+        first.wait()
+    store.depart()
+    for slot, saved in enumerate((first, second)):
+        saved.wait()
+        assert torch.equal(saved.slot, before[slot].cpu())
+    assert second.seen is not None and second.seen.tolist() == list(range(9))
+    store.restore(store.save(0, (), None), 2, ())
+    store.restore(first, 1, ())
+    assert not store.slots.memory[2].any() and torch.equal(store.slots.memory[1], before[0])
+    count = QUEUED_BYTES // store.slots.bytes + 1
+    many = [store.save(1, (), None) for _ in range(count)]
+    many[0].wait()
+    assert torch.equal(many[-1].slot, before[0].cpu()) and not store._queued
