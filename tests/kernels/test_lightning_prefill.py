@@ -119,7 +119,7 @@ def test_every_tuning_of_the_card(device, itemsize, dk, short_segments):
     dtype = torch.float32 if itemsize == 4 else torch.bfloat16
     if dtype == torch.bfloat16 and device.type == "cpu":
         dtype = torch.float16  # the interpreter multiplies no bfloat16
-    check([330, 70], [3, 0], dk=dk, dv=128, dtype=dtype, device=device, H=4)
+    check([330, 70], [3, 0], dk=dk, dv=128, dtype=dtype, device=device)
 
 
 @pytest.mark.parametrize(("dk", "dv"), [(128, 128), (48, 80)])

@@ -42,9 +42,7 @@ class Slots:
         lightning_ring_fold(self.slopes, *where, drafts=drafts)
 
 
-@pytest.mark.parametrize(
-    ("dk", "dv", "R"), [(64, 64, 4), (96, 96, 3), (128, 128, 5), (256, 128, 2), (24, 40, 2)]
-)
+@pytest.mark.parametrize(("dk", "dv", "R"), [(64, 64, 4), (96, 96, 3), (24, 40, 2)])
 def test_a_staggered_batch_with_padding(device, dk, dv, R, dtype):
     """Sequences begin at different steps in slots full of NaN; rings are folded once or twice."""
     T = 2 * R + 1
@@ -73,6 +71,14 @@ def test_a_staggered_batch_with_padding(device, dk, dv, R, dtype):
     assert on.states[[1, 3]].isnan().all()
     for ring in on.rings:
         assert ring[[1, 3]].isnan().all()
+
+
+@pytest.mark.parametrize(("dk", "dv", "R"), [(128, 128, 5), (256, 128, 2)])
+def test_a_staggered_batch_of_wide_heads(device, dk, dv, R, dtype, request):
+    """Interpreted, they take long: in float16 it is done once, by the tuning of a card."""
+    if dtype == torch.float16 and "triton" in request.node.name and device.type == "cpu":
+        pytest.skip("see test_tuned.py")
+    test_a_staggered_batch_with_padding(device, dk, dv, R, dtype)
 
 
 def test_nothing_but_padding(device):
