@@ -75,6 +75,18 @@ def _fetch_either(i, row, real, whole, descs, columns, tiles, arrived):
         tma.async_copy_global_to_shared(descs[x], [row, columns[x]], bar, tile, pred=wanted)
 
 
+@jit()
+def _weigh(j, again, slope, v_tiles, arrived, rows: gl.constexpr, C: gl.constexpr):
+    """Wait for the rows of block j, and let their values be as old as the segment makes them, where
+    the block comes before it; those of its own blocks stay as they are."""
+    stage = j % v_tiles.shape[0]
+    v = v_tiles.index(stage)
+    mbarrier.wait(arrived.index(stage), (j // v_tiles.shape[0]) & 1)
+    age = gl.maximum((again - j) * C - 1 - gl.arange(0, C, gl.SliceLayout(1, rows)), 0)
+    b_after = gl.where(j < again, gl.exp(-slope * age), 1.0)[:, None]  # [C, 1]
+    v.store((v.load(rows).to(gl.float32) * b_after).to(v.dtype))
+
+
 @jit(do_not_specialize=["segments", "length"], do_not_specialize_on_alignment=VIEWS)
 def _outputs_kernel(
     q_desc,
@@ -173,21 +185,20 @@ def _outputs_kernel(
     zeros_iv = gl.zeros([C, V], gl.float32, mma)
     if REREAD:
         b_s += b_s * expm1(-slope * before)
-        if SHARED:  # noqa: SIM102  (one is known to the compiler, the other is not)
-            if (i_w < segments) & (last == 0):
-                barrier()  # all threads have what they read
-                gl.atomic_add(p_readers, 1, sem="release")
+        _weigh(0, again, slope, v_tiles, arrived, rows, C)
         for j in range(again):
             k, v = k_tiles.index(j % STAGES), v_tiles.index(j % STAGES)
-            mbarrier.wait(arrived.index(j % STAGES), (j // STAGES) & 1)
-            b_after = gl.exp(-slope * ((again - j) * C - 1 - o_r))[:, None]  # [C, 1]
-            v.store((v.load(rows).to(gl.float32) * b_after).to(dtype))
             fence_async_shared()
             update = warpgroup_mma(k.permute((1, 0)), v, b_s, is_async=True)
+            _weigh(j + 1, again, slope, v_tiles, arrived, rows, C)
             b_s = warpgroup_mma_wait(0, deps=(update,))
             ahead = (j + STAGES) * C
             real, whole = ahead < total, j + STAGES >= again
             _fetch_either(j + STAGES, first + ahead, real, whole, descs, columns, tiles, arrived)
+        if SHARED:  # noqa: SIM102  (one is known to the compiler, the other is not)
+            if (i_w < segments) & (last == 0):
+                barrier()  # all threads have what they read
+                gl.atomic_add(p_readers, 1, sem="release")
     for i in range((n + C - 1) // C):
         j = again + i
         stage = j % STAGES
