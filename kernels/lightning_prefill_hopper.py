@@ -152,19 +152,10 @@ def _outputs_kernel(
         again = gl.minimum(before // C, felt(slope) // C + 1)
         first = begin - again * C
         total = again * C + n
-        for i in gl.static_range(STAGES):
-            real, whole = i * C < total, i >= again
-            _fetch_either(i, first + i * C, real, whole, descs, columns, tiles, arrived)
+        _fetch_either(0, first, total > 0, again == 0, descs, columns, tiles, arrived)
     else:
         again = 0
-        for i in gl.static_range(STAGES):
-            _fetch(i, begin + i * C, i * C < n, descs, columns, tiles, arrived)
-
-    o_i = gl.arange(0, C, gl.SliceLayout(1, mma))
-    o_j = gl.arange(0, C, gl.SliceLayout(0, mma))
-    b_age = o_i[:, None] - o_j[None, :]
-    b_among = gl.where(b_age >= 0, gl.exp(-slope * gl.maximum(b_age, 0)), 0.0) * scale  # [C, C]
-    b_before = (gl.exp(-slope * (o_i + 1)) * scale)[:, None]  # [C, 1]
+        _fetch(0, begin, n > 0, descs, columns, tiles, arrived)
     o_s = gl.arange(0, K, gl.SliceLayout(1, mma))[:, None] * DV
     o_s += i_h * K * DV + i_v * V + gl.arange(0, V, gl.SliceLayout(0, mma))[None, :]
     p_state = states_ptr + slot * states_stride + o_s
@@ -177,7 +168,18 @@ def _outputs_kernel(
         b_s = gl.load(segments_ptr + home * H * K * DV + o_s)
     else:
         b_s = gl.load(p_state, mask=m_s, other=0.0).to(gl.float32)
+    for i in gl.static_range(1, STAGES):
+        if REREAD:
+            real, whole = i * C < total, i >= again
+            _fetch_either(i, first + i * C, real, whole, descs, columns, tiles, arrived)
+        else:
+            _fetch(i, begin + i * C, i * C < n, descs, columns, tiles, arrived)
 
+    o_i = gl.arange(0, C, gl.SliceLayout(1, mma))
+    o_j = gl.arange(0, C, gl.SliceLayout(0, mma))
+    b_age = o_i[:, None] - o_j[None, :]
+    b_among = gl.where(b_age >= 0, gl.exp(-slope * gl.maximum(b_age, 0)), 0.0) * scale  # [C, C]
+    b_before = (gl.exp(-slope * (o_i + 1)) * scale)[:, None]  # [C, 1]
     o_r = gl.arange(0, C, gl.SliceLayout(1, rows))
     o_o = o_r[:, None] * H * DV + gl.arange(0, V, gl.SliceLayout(0, rows))[None, :]
     p_o = o_ptr + (begin.to(gl.int64) * H + i_h) * DV + i_v * V
@@ -199,6 +201,8 @@ def _outputs_kernel(
             if (i_w < segments) & (last == 0):
                 barrier()  # all threads have what they read
                 gl.atomic_add(p_readers, 1, sem="release")
+    if SHARED:
+        read = gl.load(p_readers, volatile=True)  # asked for now, needed at the end
     for i in range((n + C - 1) // C):
         j = again + i
         stage = j % STAGES
@@ -233,11 +237,10 @@ def _outputs_kernel(
     if last > 0:
         if SHARED:  # noqa: SIM102
             if i_w < segments:
-                read = gl.atomic_add(p_readers, 0, sem="acquire")
                 while read < before // length:
-                    read = gl.atomic_add(p_readers, 0, sem="acquire")
-                gl.atomic_xchg(p_readers, 0)
-                barrier()
+                    read = gl.load(p_readers, volatile=True)
+                barrier()  # every thread has seen it
+                gl.store(p_readers, 0)
         gl.store(p_state, b_s.to(states_ptr.dtype.element_ty))
 
 
