@@ -7,13 +7,14 @@ layers see strided views of it. KV blocks are laid out likewise.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 import torch
 
+from model.host import HostRows
 from model.transfer import upload
 
 log = logging.getLogger(__name__)
@@ -129,6 +130,7 @@ class Store:
         self.blocks = Rows(block_fields, blocks, device)
         self._leaving = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._transfer: Transfer | None = None  # of what has been saved and not departed
+        self._rows = HostRows(self.slots.bytes, pinned=device.type == "cuda")
         self._queued: list[tuple[torch.Tensor, torch.Tensor]] = []  # to the host, from a copy
         self._no_blocks = torch.empty(0, self.blocks.bytes, dtype=torch.uint8)
 
@@ -136,7 +138,9 @@ class Store:
         """Copy a slot and blocks to host memory, bit for bit: on CUDA once it has departed. It
         needs as much of the device for a while; where that has no memory left, the steps after it
         wait for the transfer instead."""
-        host, host_blocks = self.host(len(blocks))
+        host, host_blocks = self._rows.take(), self._no_blocks
+        if host is None or blocks:
+            host, host_blocks = self.host(len(blocks))
         row = self.slots.memory[slot]
         if self._leaving is not None and self._transfer is None:
             self._transfer = Transfer()
@@ -172,14 +176,13 @@ class Store:
 
     def reserve(self, size: int) -> None:
         """Pin so many bytes of host memory now, for slots that will be saved: else the system takes
-        milliseconds for each of the first ones, and steps wait for that."""
+        milliseconds for each, and steps wait for that."""
         if self._leaving is None or not self.slots.bytes or self.blocks.bytes:
             return  # beside KV blocks a state has no one size that could be held ready
-        rows: list[torch.Tensor] = []  # given back to the allocator, which keeps what is pinned
-        for _ in range(size // (1 << (self.slots.bytes - 1).bit_length())):
-            rows.append(self._on_host((self.slots.bytes,), torch.uint8))
-            if not rows[-1].is_pinned():
-                break
+        try:
+            self._rows.add(size // self.slots.bytes)
+        except RuntimeError as error:
+            self._no_pinned([self.slots.bytes], error)
 
     def restore(self, saved: Saved, slot: int, blocks: tuple[int, ...]) -> None:
         """Copy a saved state into a slot and blocks, as many blocks as were saved."""
@@ -201,8 +204,11 @@ class Store:
             try:
                 return torch.empty(shape, dtype=dtype, pin_memory=True)
             except RuntimeError as error:  # slower, and all there is
-                log.warning("no pinned memory for %s: %s", list(shape), str(error).split("\n")[0])
+                self._no_pinned(shape, error)
         return torch.empty(shape, dtype=dtype)
+
+    def _no_pinned(self, shape: Sequence[int], error: RuntimeError) -> None:
+        log.warning("no pinned memory for %s: %s", list(shape), str(error).split("\n")[0])
 
     def _aside(self, row: torch.Tensor) -> torch.Tensor:
         """A copy on the device, where the transfer does not take place at once."""
@@ -237,6 +243,8 @@ class Store:
 
     def _leave_at_once(self, hosts: list[torch.Tensor], parts: list[torch.Tensor]) -> None:
         """Copy to the host what may change after: what comes after waits for it."""
+        if self._leaving is not None:  # a state may still leave for the same memory
+            torch.cuda.current_stream(self.device).wait_stream(self._leaving)
         for host, part in zip(hosts, parts, strict=True):
             host.copy_(part, non_blocking=True)
 

@@ -65,6 +65,27 @@ def test_memory_that_was_pinned_before_is_what_states_leave_for() -> None:
     assert torch.cuda.host_memory_stats()["num_host_alloc"] == before
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="what a GPU does")
+def test_states_that_leave_behind_one_another_take_the_same_memory() -> None:
+    """All are forgotten but the last before any has left: nothing more is pinned for them, and the
+    last is what it was."""
+    store = Store(SLOT_FIELDS, [], slots=3, blocks=0, device=torch.device("cuda"))
+    store.reserve(2 * store.slots.bytes)
+    assert store._leaving is not None
+    with torch.cuda.stream(store._leaving):
+        torch.cuda._sleep(500_000_000)
+    before = torch.cuda.host_memory_stats()["num_host_alloc"]
+    kept = None
+    for number in range(9):
+        store.slots.memory[1].fill_(number)
+        kept = store.save(1, (), None)
+        store.depart()
+    assert torch.cuda.host_memory_stats()["num_host_alloc"] == before
+    assert kept is not None
+    kept.wait()
+    assert (kept.slot == 8).all()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tight", [False, True])
 def test_a_state_leaves_and_comes_back(
