@@ -57,7 +57,7 @@ ROOM = 16  # states that the host holds beside the slots, at least
 SAMPLES = 7
 DECODERS = 32
 DECODED, SPREAD = 256, 128  # tokens of a request, and how many more or fewer some have
-REQUESTS = 2  # of each stream in a round, an even number: see Load
+REQUESTS = 4  # of each stream in a round, an even number: see Load
 PAIRS = 2  # of servers with and without caching
 ROUNDS = 4  # of decoding by each pair; half as many of reading
 

@@ -26,7 +26,7 @@ from kernels import lightning_prefill_hopper as hopper
 from kernels.language import dot_precision, expm1, felt, jit, next_power_of_2, tl
 from kernels.launches import Launch, Launches, launch
 from kernels.packing import Packing, output
-from kernels.segments import Work, plan, whole
+from kernels.segments import Work, plan, uncut
 from kernels.tuning import PrefillTuning, prefill_tuning, processors
 
 SPAN = 2048  # rows that the torch path works on at a time: they stay in the cache
@@ -176,6 +176,8 @@ def _outputs_kernel(
     i_v, i_h, i_w = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     begin = tl.load(items_ptr + i_w * 4).to(tl.int64)
     n = tl.load(items_ptr + i_w * 4 + 1)
+    if n == 0:
+        return
     i_n = tl.load(items_ptr + i_w * 4 + 2)
     last = tl.load(items_ptr + i_w * 4 + 3)
     slot = tl.load(slots_ptr + i_n).to(tl.int64)
@@ -250,7 +252,7 @@ def work_for(states: torch.Tensor, packing: Packing, tuning: PrefillTuning, bulk
     for Hopper's kernel, whose segments may share a state where each has a processor to itself.
     Those that the host does not know stay whole."""
     if packing.items is not None:
-        return whole(packing.items)
+        return uncut(packing.items)
     H, dk, dv = states.shape[1:]
     each = -(-dv // (hopper.V if bulk else tuning.outputs.columns))  # programs of a head
 

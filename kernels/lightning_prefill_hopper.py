@@ -130,6 +130,8 @@ def _outputs_kernel(
     DV = gl.num_programs(0) * V
     begin = gl.load(items_ptr + i_w * 4)
     n = gl.load(items_ptr + i_w * 4 + 1)
+    if n == 0:
+        return
     i_n = gl.load(items_ptr + i_w * 4 + 2)
     last = gl.load(items_ptr + i_w * 4 + 3)
     slot = gl.load(slots_ptr + i_n).to(gl.int64)
@@ -186,6 +188,7 @@ def _outputs_kernel(
     zeros_ij = gl.zeros([C, C], gl.float32, mma)
     zeros_iv = gl.zeros([C, V], gl.float32, mma)
     if REREAD:
+        gl.static_assert(STAGES > 1)  # a block is waited for before the one in front has gone
         b_s += b_s * expm1(-slope * before)
         _weigh(0, again, slope, v_tiles, arrived, rows, C)
         for j in range(again):

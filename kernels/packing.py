@@ -19,8 +19,8 @@ class Packing:
     past:       host copy of starts, for those that cut work by it.
     items:      [M, 4] int32, first row, rows, sequence, 1: the sequences as the device knows them,
                 longest first, for launches that are recorded and made again. Then lengths are
-                empty, and items beyond the last sequence have no rows: they name one of slot -1
-                and start 0.
+                empty and cu_seqlens is nobody's, there is room for more sequences than there are,
+                the others with slot -1 and start 0, and their items have no rows.
     """
 
     lengths: tuple[int, ...]

@@ -42,7 +42,7 @@ class Work:
     states: int
 
 
-def whole(items: torch.Tensor) -> Work:
+def uncut(items: torch.Tensor) -> Work:
     """The work of sequences that stay whole: their items are all there is."""
     return Work(0, False, items, items[:0], 0, 0, 0)
 

@@ -168,7 +168,8 @@ class Capacity:
     state_bytes is the size of one slot, block_bytes that of one KV block over all layers (0 for a
     model without full softmax layers, whose `blocks` and `block_size` are 0 too). A state may be
     gone on with from up to `rollback` tokens before its position, as if these had not been.
-    pinned: states on the host lie in pinned memory, of which each takes a power of two.
+    pinned: states on the host lie in pinned memory, of which a state takes as much as it has, and
+    beside KV blocks a power of two for its slot and one for these.
     max_model_len is None for a model whose sequences may grow without bound. dtype is that of
     weights and activations; the layouts are what a slot and a block hold.
     """

@@ -7,7 +7,7 @@ over the rows that there are. Rows of padding hold whatever was there, and no ot
 
 A step of few rows takes the device less time than launching attention in every layer takes the
 host. For such steps there is a second chain, of which lightning attention is a part: it reads where
-rows go from memory that is filled before (Places), and cuts no sequence.
+rows go from memory that is filled before (Metadata), and cuts no sequence.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Chain:
     folded: Folded
 
 
-class Places:
+class Metadata:
     """Where the rows of a step go, in memory that stays: of up to `singles` sequences of one row,
     then of up to TAILS longer ones."""
 
@@ -113,7 +113,7 @@ class Places:
             items[:n] = sorted(cut, key=lambda item: -item[1])
         self._memory.copy_(host, non_blocking=True)
 
-    def placed(self, batch: Batch) -> Batch:
+    def of(self, batch: Batch) -> Batch:
         """A step of as many rows, as lightning attention is to read it: rows that are not the only
         ones of their sequence count as padding among those that are."""
         starts, ends, slots, tail_slots, items = self._views(self._memory)
@@ -138,7 +138,7 @@ class PiecewiseGraphs:
         self._sequences = sequences
         self._ids = torch.zeros(most, dtype=torch.int64, device=store.device)
         self._positions = torch.zeros(most, dtype=torch.int64, device=store.device)
-        self._places = Places(store.slots.count, store.device)
+        self._metadata = Metadata(store.slots.count, store.device)
         self._chains: dict[int, Chain] = {}
         self._short: dict[int, Chain] = {}  # of few rows, with lightning attention inside
 
@@ -162,7 +162,7 @@ class PiecewiseGraphs:
         batch = replace(anyone, ids=self._ids[:size], positions=self._positions[:size])
         if not short:
             return replace(batch, recorder=pause)
-        placed = self._places.placed(batch)
+        placed = self._metadata.of(batch)
 
         def record(attention: Attention, heads: Heads) -> None:
             if isinstance(attention, Lightning):
@@ -212,9 +212,9 @@ class PiecewiseGraphs:
         self._ids[:T].copy_(batch.ids)
         self._positions[:T].copy_(batch.positions)
         chain = self._chains[size]
-        if size in self._short and self._places.serve(batch):
+        if size in self._short and self._metadata.serve(batch):
             chain = self._short[size]
-            self._places.fill(chunks, batch.singles)
+            self._metadata.fill(chunks, batch.singles)
         for p in chain.pieces:
             p.graph.replay()
             p.attention(p.heads[:T], batch, self._store)

@@ -98,15 +98,16 @@ class ModelRunner:
             self.sequences.keep(ordered)
             self.seen.record(ordered, self.sequences)
             drawn = self._run(ordered) if graphs is None else self._replay(graphs, ordered)
-            if graphs is not None:  # the device is busy for longer than the host was
-                self.store.depart()
+            self.store.depart()  # the device has a step to do, which takes it longer
             return Launched(chunks, asking, *self._leave(drawn))
         except torch.OutOfMemoryError as error:
+            self.store.depart()  # what is to leave takes memory until then
             torch.cuda.empty_cache()
             raise OutOfDeviceMemory(str(error).split(".")[0]) from error
 
     def collect(self, launched: Launched) -> list[Sampled | None]:
         """The tokens of a step, in the order of its chunks, once they are there."""
+        self.store.depart()
         if launched.done is not None:
             launched.done.synchronize()
         results: list[Sampled | None] = [None] * len(launched.chunks)

@@ -14,7 +14,7 @@ from math import prod
 import numpy as np
 import torch
 
-from model.host import HostRows
+from model.host import Crossing, HostRows
 from model.transfer import upload
 
 log = logging.getLogger(__name__)
@@ -73,45 +73,31 @@ class Rows:
             view.fill_(float("nan") if view.is_floating_point() else 1 << 60)
 
 
-class Transfer:
-    """Of what is saved, the part that goes to the host: begun by Store.depart(), over later."""
-
-    def __init__(self) -> None:
-        self.done = torch.cuda.Event()
-        self.begun = False
-
-    def wait(self) -> None:
-        """Return once it is over."""
-        if not self.begun:
-            raise RuntimeError("what was saved has not departed")
-        self.done.synchronize()
-
-
 @dataclass(slots=True, frozen=True)
 class Saved:
     """A state on the host: one slot's bytes and those of its blocks, and the tokens it has seen.
 
-    `transfer` brings them there; None: they are there.
+    `crossing` brings them there; None: they are there.
     """
 
     slot: torch.Tensor
     blocks: torch.Tensor
     seen: torch.Tensor | None = None
-    transfer: Transfer | None = None
+    crossing: Crossing | None = None
 
     def wait(self) -> None:
         """Return once the bytes are there."""
-        if self.transfer is not None:
-            self.transfer.wait()
+        if self.crossing is not None:
+            self.crossing.wait()
 
 
 class Store:
     """All slots and KV blocks of a model.
 
     slot_fields are per slot, block_fields per block of block_size positions. On CUDA states leave
-    for pinned host memory on a stream of their own: a step after a save waits for a copy on the
-    device only. To begin the transfer takes the host as long as several launches; that is left to
-    depart(), for a moment at which the device has enough to do.
+    for pinned host memory on a stream of their own: a step after a save waits for copies on the
+    device only. To begin a transfer takes the host as long as several launches: that of a slot is
+    left to depart(), for a moment at which the device has enough to do. Blocks are sent at once.
     """
 
     def __init__(
@@ -129,7 +115,7 @@ class Store:
         self.slots = Rows(slot_fields, slots, device)
         self.blocks = Rows(block_fields, blocks, device)
         self._leaving = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._transfer: Transfer | None = None  # of what has been saved and not departed
+        self._crossing: Crossing | None = None  # of what has been saved and not departed
         self._rows = HostRows(self.slots.bytes, pinned=device.type == "cuda")
         self._queued: list[tuple[torch.Tensor, torch.Tensor]] = []  # to the host, from a copy
         self._no_blocks = torch.empty(0, self.blocks.bytes, dtype=torch.uint8)
@@ -138,13 +124,14 @@ class Store:
         """Copy a slot and blocks to host memory, bit for bit: on CUDA once it has departed. It
         needs as much of the device for a while; where that has no memory left, the steps after it
         wait for the transfer instead."""
-        host, host_blocks = self._rows.take(), self._no_blocks
-        if host is None or blocks:
+        host = None if blocks else self._rows.take()
+        host_blocks = self._no_blocks
+        if host is None:
             host, host_blocks = self.host(len(blocks))
         row = self.slots.memory[slot]
-        if self._leaving is not None and self._transfer is None:
-            self._transfer = Transfer()
-        transfer = self._transfer
+        if self._leaving is not None and self._crossing is None:
+            self._crossing = Crossing()
+        crossing = self._crossing
         try:
             self._leave(host, self._aside(row))
             for rows, index in self._pieces(blocks):
@@ -154,29 +141,33 @@ class Store:
             rest = [self.blocks.memory[block] for block in blocks]
             self._leave_at_once([host, *host_blocks], [row, *rest])
         kept = None if seen is None else self._leave_seen(seen)
-        if sum(part.nbytes for _, part in self._queued) > QUEUED_BYTES:
+        if crossing is not None:
+            self._rows.note(host, crossing)
+        if len(self._queued) * self.slots.bytes > QUEUED_BYTES:
             self.depart()
-        return Saved(slot=host, blocks=host_blocks, seen=kept, transfer=transfer)
+        return Saved(slot=host, blocks=host_blocks, seen=kept, crossing=crossing)
 
     def depart(self) -> None:
         """Begin the transfer of all that has been saved and has not departed."""
-        transfer, self._transfer = self._transfer, None
-        if transfer is not None and self._leaving is not None:
+        if self._crossing is not None and self._leaving is not None:
             self._send()
-            transfer.done.record(self._leaving)
-            transfer.begun = True
+            self._crossing.begin(self._leaving)
+            self._crossing = None
 
     def host(self, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Host memory for the bytes of a slot and of so many blocks; pinned beside a GPU, as far
-        as the system lets it."""
-        slot = self._on_host((self.slots.bytes,), torch.uint8)
+        """Host memory for the bytes of a slot and of so many blocks, to which the host may write;
+        pinned beside a GPU, as far as the system lets it."""
+        self.depart()  # or nobody could wait for what leaves
+        slot = None if blocks else self._rows.take(idle=True)
+        if slot is None:
+            slot = self._on_host((self.slots.bytes,), torch.uint8)
         if not blocks:
             return slot, self._no_blocks
         return slot, self._on_host((blocks, self.blocks.bytes), torch.uint8)
 
     def reserve(self, size: int) -> None:
-        """Pin so many bytes of host memory now, for slots that will be saved: else the system takes
-        milliseconds for each, and steps wait for that."""
+        """Pin as much host memory now as so many bytes hold slots, which will be saved: else the
+        system takes milliseconds for each, and steps wait for that."""
         if self._leaving is None or not self.slots.bytes or self.blocks.bytes:
             return  # beside KV blocks a state has no one size that could be held ready
         try:
@@ -188,10 +179,15 @@ class Store:
         """Copy a saved state into a slot and blocks, as many blocks as were saved."""
         if len(blocks) != len(saved.blocks):
             raise ValueError(f"{len(saved.blocks)} blocks were saved, {len(blocks)} are given")
-        if saved.transfer is not None:
-            self.depart()
-            torch.cuda.current_stream(self.device).wait_event(saved.transfer.done)
+        if saved.crossing is not None:
+            if not saved.crossing.begun:
+                self.depart()
+            torch.cuda.current_stream(self.device).wait_event(saved.crossing.done)
         self.slots.memory[slot].copy_(saved.slot, non_blocking=True)
+        if self._leaving is not None:
+            crossing = Crossing()
+            crossing.begin(torch.cuda.current_stream(self.device))
+            self._rows.note(saved.slot, crossing)
         try:
             for rows, index in self._pieces(blocks):
                 self.blocks.memory[index] = saved.blocks[rows].to(self.device, non_blocking=True)

@@ -82,7 +82,8 @@ class Holdings:
         self.state_bytes = capacity.state_bytes
         self.block_bytes = capacity.block_bytes
         self.pinned = capacity.pinned
-        self._state_on_host = self._rounded(capacity.state_bytes)
+        state = capacity.state_bytes
+        self._state_on_host = self._rounded(state) if capacity.block_bytes else state
 
     @property
     def most_positions(self) -> int | None:
@@ -146,7 +147,7 @@ class Holdings:
         return [Copy(saved(request), self.here(request)), Copy(saved(request), None)]
 
     def _rounded(self, size: int) -> int:
-        """As the system gives out pinned memory."""
+        """As the system gives out pinned memory, of which nobody knows the size beforehand."""
         return 1 << (size - 1).bit_length() if self.pinned and size else size
 
     def check(self) -> None:

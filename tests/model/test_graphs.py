@@ -212,7 +212,7 @@ def test_graphs_draw_what_eager_steps_draw(path: Path, ring: int, prompts: list[
     replayed = generate(runner, prompts, 40, known=False)
     untouched = runner.store.slots.views["state.0"][[0, 2, 5]]
     assert untouched.isnan().all()
-    runner.graphs = None
+    runner.graphs = runner.pieces = runner.ends = None
     assert generate(runner, prompts, 40, known=True) == replayed
     assert runner.store.slots.views["state.0"][[0, 2, 5]].isnan().all()
 
@@ -236,8 +236,9 @@ def test_rows_of_every_kind_in_a_graph(path: Path) -> None:
     runner = load(path)
     kinds = [WARM, None, Sampling(top_k=3, seed=1), Sampling(temperature=0.0, logprobs=2)]
     results = []
-    for graphs in (runner.graphs, None):
-        runner.graphs = graphs
+    for eager in (False, True):
+        if eager:
+            runner.graphs = runner.pieces = runner.ends = None
         blocks = [range(2 * i, 2 * i + 2) if runner.capacity.blocks else () for i in range(4)]
         runner.step([Chunk(tokens=[9, 4], start=0, slot=i, blocks=blocks[i]) for i in range(4)])
         results.append(

@@ -170,36 +170,46 @@ def test_pieces_fold_what_whole_steps_fold(runner: ModelRunner, tails: int) -> N
             assert field[free].isnan().all()
 
 
+KINDS_OF_ROWS = {
+    "plain": Sampling(temperature=0.8, seed=5),
+    "filtered": Sampling(temperature=0.8, seed=5, top_k=3),
+    "told": Sampling(temperature=0.0, logprobs=2),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_ROWS)
 def test_the_end_of_a_step_draws_what_it_draws_at_once(
-    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Two rows of five ask, whatever stood where they are gathered."""
-    sequences = [Sequence(runner, prompt(90, i), slot=i) for i in (1, 2, 4)]
-    warm = Sampling(temperature=0.8, seed=5)
-    asks = (warm, None, GREEDY)
+    """Three rows of seven ask, beside one of padding, whatever stood where they are gathered."""
+    sequences = [Sequence(runner, prompt(90, i), slot=i) for i in (1, 2, 4, 5)]
+    asks = (KINDS_OF_ROWS[kind], None, GREEDY, Sampling(temperature=0.7, seed=6))
     chunks = [
         msgspec.structs.replace(sequence.chunk(n), sampling=sampling)
-        for sequence, n, sampling in zip(sequences, (1, 2, 2), asks, strict=True)
+        for sequence, n, sampling in zip(sequences, (1, 2, 2, 2), asks, strict=True)
     ]
+    monkeypatch.setattr(runner, "pieces", None)
     drawn = []
     for ended in (False, True):
-        runner.ends = None
+        monkeypatch.setattr(runner, "ends", None)
         if ended:
             with torch.inference_mode():
                 runner.sequences.keep(chunks)
                 like = runner.model.fold(Batch.pack(chunks, runner.sequences), runner.store)
-            runner.ends = EndGraphs(runner.model, runner.capacity.slots, runner.sequences, 4, like)
+            ends = EndGraphs(runner.model, runner.capacity.slots, runner.sequences, 4, like)
             if CUDA:
-                runner.ends.capture(torch.cuda.graph_pool_handle())
+                ends.capture(torch.cuda.graph_pool_handle())
             else:
-                monkeypatch.setattr(runner.ends, "_replay", eager(runner.ends))
+                monkeypatch.setattr(ends, "_replay", eager(ends))
+            monkeypatch.setattr(runner, "ends", ends)
         drawn.append(runner.step(chunks))
         latest = runner.sequences.latest.tolist()
-        assert [latest[1 + chunk.slot] for chunk in (chunks[0], chunks[2])] == [
-            sampled.token for sampled in drawn[-1] if sampled is not None
-        ]
-    assert drawn[0] == drawn[1] and drawn[0][1] is None
-    runner.ends = None
+        tokens = [sampled.token for sampled in drawn[-1] if sampled is not None]
+        assert [latest[1 + slot] for slot in (1, 4, 5)] == tokens
+    at_once, ended_ = drawn
+    assert ended_[1] is None and [s and s.token for s in ended_] == [s and s.token for s in at_once]
+    told = ended_[0]
+    assert told is not None and len(told.top) == (2 if kind == "told" else 0)
 
 
 def eager(ends: EndGraphs) -> Callable[..., Replayed]:

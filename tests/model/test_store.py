@@ -53,22 +53,27 @@ def test_what_was_saved_is_what_was_there(device: str) -> None:
 def test_a_state_leaves_on_a_stream_of_its_own_for_pinned_memory() -> None:
     """Its copies are held up; steps go on, in the very slot and blocks."""
     store = store_on("cuda")
-    before = store.slots.memory.clone(), store.blocks.memory.clone()
     seen = torch.arange(100, device="cuda")
     store.save(1, (6, 1, 3, 0, 7), seen)  # the allocators have what they need
     store.depart()
+    overwrite(store)  # and kernels are loaded: for the first of a kind the device is waited for
+    seen.zero_()
+    for memory in (store.slots.memory, store.blocks.memory):
+        memory.random_(256)
+    seen += torch.arange(100, device="cuda")
+    before = store.slots.memory.clone(), store.blocks.memory.clone()
     torch.cuda.synchronize()
     assert store._leaving is not None and store._leaving != torch.cuda.current_stream()
     with torch.cuda.stream(store._leaving):
         torch.cuda._sleep(SLEEP)
     saved = store.save(1, (6, 1, 3, 0, 7), seen)
     store.depart()
-    assert saved.seen is not None and saved.transfer is not None
+    assert saved.seen is not None and saved.crossing is not None
     assert saved.slot.is_pinned() and saved.blocks.is_pinned() and saved.seen.is_pinned()
     overwrite(store)
     seen.zero_()
     torch.cuda.current_stream().synchronize()
-    assert not saved.transfer.done.query(), "the steps waited for the copies, or these for nobody"
+    assert not saved.crossing.done.query(), "the steps waited for the copies, or these for nobody"
     check(store, saved, before)
     assert torch.equal(saved.seen, torch.arange(100))
 
