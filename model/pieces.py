@@ -32,7 +32,7 @@ from model.sequences import Sequences
 from model.store import Store
 
 APART = 16  # rows: sizes are multiples of it
-FEW = 1280  # rows of a step whose lightning attention is part of its graphs, at most
+FEW = 1024  # rows of a step whose lightning attention is part of its graphs, at most
 TAILS = 16  # and its sequences of more than one row
 
 

@@ -147,6 +147,7 @@ class Store:
             self.depart()
         return Saved(slot=host, blocks=host_blocks, seen=kept, crossing=crossing)
 
+    @torch.inference_mode()
     def depart(self) -> None:
         """Begin the transfer of all that has been saved and has not departed."""
         if self._crossing is not None and self._leaving is not None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from model.store import PIECE_BYTES, Field, Store
+from tests.model.streams import apart
 
 DEVICES = [
     "cpu",
@@ -117,3 +118,29 @@ def test_a_state_leaves_and_comes_back(
     assert torch.equal(store.slots.memory[1], untouched[0])
     assert torch.equal(store.blocks.memory[6], untouched[1])
     assert told.tolist() == list(range(100))
+
+
+def test_the_host_writes_where_nothing_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row whose state was forgotten before it had got there; the next one to leave for it goes
+    behind that."""
+    store = Store(SLOT_FIELDS, [], slots=3, blocks=0, device=torch.device("cpu"))
+    leaving = apart(store, 1, monkeypatch)
+    with torch.inference_mode():
+        store.slots.memory.fill_(1)
+        store.save(0, (), None)
+        store.depart()
+        assert leaving.done < len(leaving.work)
+        row, _ = store.host(0)
+        row.fill_(2)
+        leaving.run(len(leaving.work))
+        assert (row == 2).all() and len(store._rows) == 0
+        address = row.data_ptr()
+        del row
+        store.slots.memory.fill_(3)
+        saved = store.save(0, (), None)
+        assert saved.slot.data_ptr() == address
+        with pytest.raises(RuntimeError, match="has not departed"):
+            saved.wait()
+        store.depart()
+        saved.wait()
+        assert (saved.slot == 3).all()

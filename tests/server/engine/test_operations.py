@@ -9,10 +9,12 @@ from random import Random
 from typing import Any
 
 import pytest
+import torch
 
 from server.api.registry import Record, Registry
 from server.errors import NotFoundError
 from server.protocol import Fetch, Generate, Output, Pin, Read, State, pack_tokens
+from tests.model.streams import apart
 from tests.server.engine.bench import VOCAB, Bench, alone, generate
 from tests.server.engine.test_cached import Engine, load, told
 
@@ -278,4 +280,22 @@ def test_operations_on_a_real_model(
     world = Real(7, tmp_path if disk else None, tmp_path_factory.mktemp("models"), kind)
     world.operate(300)
     assert len(world.done) == 9 and world.saved > 5000
+    world.leave()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there they do")
+@pytest.mark.parametrize(("kind", "disk"), [("pure", True), ("pure", False), ("hybrid", True)])
+def test_operations_while_states_leave_late(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    disk: bool,
+) -> None:
+    """Steps overlap, and nobody sees a state on the host that has not got there."""
+    world = Real(8, tmp_path if disk else None, tmp_path_factory.mktemp("models"), kind)
+    apart(world.runner.store, 3, monkeypatch)
+    monkeypatch.setattr(world.runner, "overlaps", True)
+    world.operate(200)
+    assert len(world.done) == 9 and world.saved > 3000
     world.leave()
