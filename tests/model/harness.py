@@ -17,14 +17,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load(path: Path, **options: object) -> ModelRunner:
-    return load_runner(
-        path,
-        device=DEVICE,
-        dtype="float32",
-        max_running=8,
-        state_memory_gb=0.02,
-        **options,  # type: ignore[arg-type]
-    )
+    """A runner for steps of few tokens: it warms up, and records, as many kinds of them."""
+    usual = {"dtype": "float32", "max_running": 8, "state_memory_gb": 0.02, "max_step_tokens": 1024}
+    return load_runner(path, device=DEVICE, **usual | options)  # type: ignore[arg-type]
 
 
 class Sequence:

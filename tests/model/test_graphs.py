@@ -131,6 +131,7 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def load(path: Path, ring: int = 0, host_bytes: int = 0) -> ModelRunner:
     options = {"dtype": "float32", "state_memory_gb": 0.02, "max_running": 6}
+    options["max_step_tokens"] = 1024
     return load_runner(path, ring=ring, host_bytes=host_bytes, **options)  # type: ignore[arg-type]
 
 

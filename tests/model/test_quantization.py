@@ -236,6 +236,7 @@ def test_a_checkpoint_that_is_quantised_already_is_refused(path: Path, method: A
 @pytest.mark.parametrize("quantization", CODES)
 def test_in_bfloat16_with_graphs(path: Path, quantization: str) -> None:
     options: dict[str, Any] = {"device": "cuda", "state_memory_gb": 0.02, "max_running": 8}
+    options["max_step_tokens"] = 1024
     whole, small = (
         load_runner(path, quantization=name, **options) for name in ("none", quantization)
     )
