@@ -48,9 +48,9 @@ Recorder = Callable[[Attention, Heads], None]
 class Batch:
     """T tokens of N sequences. The first `singles` sequences have one row each, the rest follow.
 
-    ids [T], positions [T] int64; packing: all sequences, or the singles where attention is recorded
-    that asks for no others; tail: those after the singles, with rows
-    counted from row `tail_row`, and ends [N - singles] int64, the positions at which they end;
+    ids [T], positions [T] int64; packing: all sequences, or the singles alone where attention is
+    recorded that asks for no others; tail: those after the singles, with rows counted from row
+    `tail_row`, and ends [N - singles] int64, the positions at which they end;
     tables [slots, most blocks] int32, every slot's blocks;
     sample_rows [R] int64: rows whose logits are asked for, in the order of the batch; None: all.
     recorder: takes note of what attends, and what it attends to, where a step is recorded.
