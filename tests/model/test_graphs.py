@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from model.chunk import PENDING, Chunk, Copy, Place, Sampling
-from model.graphs import IN_FLIGHT, DecodeGraphs, Exchange, Replayed, ladder
+from model.graphs import IN_FLIGHT, DecodeGraphs, Exchange, ladder
 from model.runner import ModelRunner, load_runner
 from model.sampling import Wishes, noise_keys
 from model.sequences import Sequences
+from tests.model.captured import eager
 from tests.model.checkpoints import write
 from tests.model.test_runner import DENSE
 
@@ -194,12 +195,8 @@ def test_what_graphs_record_draws_what_eager_steps_draw(
     runner = load(path)
     graphs = DecodeGraphs(runner.model, runner.store, runner.sequences, 4)
 
-    def replay(chunks: list[Chunk]) -> Replayed:
-        graphs._exchange.say(chunks, 4)
-        terms = graphs._step(4)
-        return Replayed(graphs._exchange.heard()[: len(chunks)], terms[:, : len(chunks)])
-
-    monkeypatch.setattr(graphs, "replay", replay)
+    monkeypatch.setattr(graphs, "sizes", [4])
+    monkeypatch.setattr(graphs, "_replay", eager(graphs))
     runner.graphs = graphs
     assert generate(runner, prompts, 20, known=False) == expected
 
@@ -237,8 +234,8 @@ def test_rows_of_every_kind_in_a_graph(path: Path) -> None:
     runner = load(path)
     kinds = [WARM, None, Sampling(top_k=3, seed=1), Sampling(temperature=0.0, logprobs=2)]
     results = []
-    for eager in (False, True):
-        if eager:
+    for recorded in (True, False):
+        if not recorded:
             runner.graphs = runner.pieces = runner.ends = None
         blocks = [range(2 * i, 2 * i + 2) if runner.capacity.blocks else () for i in range(4)]
         runner.step([Chunk(tokens=[9, 4], start=0, slot=i, blocks=blocks[i]) for i in range(4)])

@@ -2,82 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
 import msgspec
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import experts
 from model import pieces
 from model.batch import Batch
 from model.chunk import Chunk, Sampling
 from model.families import added, forward
-from model.graphs import EndGraphs, Replayed, ladder
+from model.graphs import EndGraphs, ladder
 from model.lightning import Lightning
 from model.pieces import APART, TAILS, PiecewiseGraphs
 from model.runner import ModelRunner
+from tests.model.captured import eager, recorded
 from tests.model.checkpoints import KINDS
 from tests.model.harness import GREEDY, Sequence, load, prompt
 
 CUDA = torch.cuda.is_available()
 MOST = 80  # rows of a step here
-
-
-class Recorded(TorchDispatchMode):
-    """A CUDA graph's part on the CPU: it keeps operations as they run, and runs them again on the
-    memory that they read and wrote."""
-
-    current: Recorded | None = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
-
-    @classmethod
-    def whole(cls, call: Callable[..., None]) -> Callable[..., None]:
-        """A call that is kept as one operation: what it does depends on numbers."""
-
-        def kept(*args: Any) -> None:
-            if cls.current is None:
-                call(*args)
-            else:
-                cls.current.calls.append((call, args, {}, None))
-
-        return kept
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, result))
-        return result
-
-    def capture_begin(self, pool: object) -> None:
-        Recorded.current = self
-        self.__enter__()
-
-    def capture_end(self) -> None:
-        self.__exit__(None, None, None)
-        Recorded.current = None
-
-    def replay(self) -> None:
-        for func, args, kwargs, result in self.calls:
-            again = func(*args, **kwargs)
-            for old, new in zip(_tensors(result), _tensors(again), strict=True):
-                if old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-
-def _tensors(result: Any) -> Iterator[torch.Tensor]:
-    if isinstance(result, torch.Tensor):
-        yield result
-    elif isinstance(result, (tuple, list)):
-        for item in result:
-            yield from _tensors(item)
 
 
 @pytest.mark.parametrize("most", [16, 17, 80, 2048, 8192])
@@ -131,16 +76,9 @@ def tails(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 def test_what_pieces_record_folds_what_whole_steps_fold(
     runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, tails: int
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
-    monkeypatch.setattr(pieces, "alias", lambda x: x)
-    monkeypatch.setattr(experts, "_looped", experts._masked)  # what is recorded asks for no numbers
     expected = steps(runner, None)
-    graphs = PiecewiseGraphs(runner.model, runner.store, runner.sequences, MOST)
+    graphs = recorded(runner, MOST, monkeypatch)
     attend = Lightning.__call__
-    monkeypatch.setattr(Lightning, "__call__", Recorded.whole(attend))
-    with torch.inference_mode():
-        for size in reversed(graphs.sizes):
-            graphs._record(size, (0, 0))
     seen = []
 
     def attended(*args: Any) -> None:
@@ -210,17 +148,6 @@ def test_the_end_of_a_step_draws_what_it_draws_at_once(
     assert ended_[1] is None and [s and s.token for s in ended_] == [s and s.token for s in at_once]
     told = ended_[0]
     assert told is not None and len(told.top) == (2 if kind == "told" else 0)
-
-
-def eager(ends: EndGraphs) -> Callable[..., Replayed]:
-    """What is captured, run instead."""
-
-    def replay(chunks: list[Chunk], size: int) -> Replayed:
-        ends._exchange.say(chunks, size)
-        terms = ends._step(size)
-        return Replayed(ends._exchange.heard()[: len(chunks)], terms[:, : len(chunks)])
-
-    return replay
 
 
 @pytest.mark.skipif(not CUDA, reason="CUDA graphs")

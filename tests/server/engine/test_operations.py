@@ -14,6 +14,7 @@ import torch
 from server.api.registry import Record, Registry
 from server.errors import NotFoundError
 from server.protocol import Fetch, Generate, Output, Pin, Read, State, pack_tokens
+from tests.model.captured import captured
 from tests.model.streams import apart
 from tests.server.engine.bench import VOCAB, Bench, alone, generate
 from tests.server.engine.test_cached import Engine, load, told
@@ -285,17 +286,20 @@ def test_operations_on_a_real_model(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there they do")
 @pytest.mark.parametrize(("kind", "disk"), [("pure", True), ("pure", False), ("hybrid", True)])
-def test_operations_while_states_leave_late(
+def test_operations_as_beside_a_gpu(
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
     disk: bool,
 ) -> None:
-    """Steps overlap, and nobody sees a state on the host that has not got there."""
+    """Steps overlap and are graphs, and nobody sees a state on the host that has not got there."""
     world = Real(8, tmp_path if disk else None, tmp_path_factory.mktemp("models"), kind)
+    captured(world.runner, 512, monkeypatch)
     apart(world.runner.store, 3, monkeypatch)
     monkeypatch.setattr(world.runner, "overlaps", True)
     world.operate(200)
     assert len(world.done) == 9 and world.saved > 3000
+    for graphs in (world.runner.graphs, world.runner.ends):
+        assert graphs is not None and graphs._exchange._turns > 100
     world.leave()
