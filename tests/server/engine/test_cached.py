@@ -13,7 +13,9 @@ from model.runner import Launched, ModelRunner, load_runner
 from server.engine.scheduler import Scheduler
 from server.engine.work import Work
 from server.protocol import Generate, Output, pack_tokens, unpack_tokens
+from tests.model.captured import captured
 from tests.model.checkpoints import LIGHTNING, SOFTMAX, write
+from tests.model.streams import apart
 
 VOCAB = 97
 KINDS = {
@@ -98,21 +100,32 @@ def conversations(rng: Random, count: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "ring", "count", "overlap"),
+    ("kind", "ring", "count", "overlap", "gpu"),
     [
-        ("pure", 0, 500, False),
-        ("window", 0, 200, False),
-        ("hybrid", 0, 200, True),
-        ("pure", 8, 200, True),
-        ("window", 8, 100, True),
+        ("pure", 0, 500, False, False),
+        ("window", 0, 200, False, False),
+        ("hybrid", 0, 200, True, False),
+        ("pure", 8, 200, True, True),
+        ("window", 8, 100, True, False),
+        ("hybrid", 8, 100, True, True),
     ],
 )
 def test_cached_equals_cold_over_random_conversations(
-    models: Path, kind: str, ring: int, count: int, overlap: bool
+    models: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    ring: int,
+    count: int,
+    overlap: bool,
+    gpu: bool,
 ) -> None:
-    """With overlap, stops are found when the next step has read them."""
+    """With overlap, stops are found when the next step has read them. gpu: steps are graphs and
+    states leave late, as they do there."""
     rng = Random(count)
     runner = load(models, kind, ring=ring)
+    if gpu:
+        captured(runner, 512, monkeypatch)
+        apart(runner.store, 40, monkeypatch)
     cold = Engine(load(models, kind, ring=ring), caching=False)
     warm = Engine(runner, caching=True, host_bytes=4_000_000, overlap=overlap)
     greedy = Sampling(temperature=0.0, logprobs=0)
