@@ -30,7 +30,6 @@ from kernels.tuning import RingTuning, processors, ring_tuning
 
 MOST_REGISTERS = 255  # of a thread, where a program has a multiprocessor almost to itself
 AT_ONCE = 8  # programs that a multiprocessor has room for
-REGISTERS = 65_536  # that they share
 
 DECODES, FOLDS = Launches(), Launches()
 
@@ -361,11 +360,6 @@ def _triton(
     SPLITS = splits(PARTS, dv, tuning.columns, N * H, processors(q.device))
     programs = N * H * SPLITS
     few = 2 * processors(q.device) >= programs
-    at_once = AT_ONCE * processors(q.device) >= programs
-    registers = tuning.registers
-    if at_once:  # nobody else could use them
-        share = REGISTERS // (AT_ONCE * 32 * tuning.warps)
-        registers = max(registers, min(share, MOST_REGISTERS))
     tensors = q, k, v, slopes, states, ring_k, ring_v, folded, slots, starts, o
     return launch(
         _decode_kernel,
@@ -405,9 +399,9 @@ def _triton(
         STRIP=_divisor(dv // SPLITS, tuning.strip),
         PARTS=PARTS,
         SPLITS=SPLITS,
-        AHEAD=at_once,
+        AHEAD=AT_ONCE * processors(q.device) >= programs,
         num_warps=tuning.warps,
-        maxnreg=MOST_REGISTERS if few else registers,
+        maxnreg=MOST_REGISTERS if few else tuning.registers,
         **early(q.device),
     )
 

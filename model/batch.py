@@ -53,7 +53,7 @@ class Batch:
     `tail_row`, and ends [N - singles] int64, the positions at which they end;
     tables [slots, most blocks] int32, every slot's blocks;
     sample_rows [R] int64: rows whose logits are asked for, in the order of the batch; None: all.
-    recorder: takes note of what attends, and what it attends to, where a step is recorded.
+    recorder: is told what would attend, and to what, where a step is recorded; it sees to it.
     """
 
     ids: torch.Tensor

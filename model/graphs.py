@@ -137,11 +137,11 @@ class Replayed:
 class Graphs(ABC):
     """A ladder of graphs that draw an id for each row, of one model with its sequences."""
 
-    def __init__(self, model: Family, slots: int, sequences: Sequences, most: int) -> None:
+    def __init__(self, model: Family, wishes: Wishes, sequences: Sequences, most: int) -> None:
         self.sizes = ladder(most)
-        self.wishes = Wishes(slots)
+        self.wishes = wishes
         self._model = model
-        self._exchange = Exchange(most, self.wishes, sequences)
+        self._exchange = Exchange(most, wishes, sequences)
         self._captured: dict[int, Captured] = {}
 
     @abstractmethod
@@ -186,7 +186,7 @@ class DecodeGraphs(Graphs):
     """Whole steps of one token of each sequence."""
 
     def __init__(self, model: Family, store: Store, sequences: Sequences, most: int) -> None:
-        super().__init__(model, store.slots.count, sequences, most)
+        super().__init__(model, Wishes(store.slots.count), sequences, most)
         self._store = store
         self._sequences = sequences
         self._cu_seqlens = torch.arange(most + 1, dtype=torch.int32, device=store.device)
@@ -216,12 +216,13 @@ class DecodeGraphs(Graphs):
 
 
 class EndGraphs(Graphs):
-    """What follows Family.fold of a step, for rows that ask. like: what fold gives of any step."""
+    """What follows Family.fold of a step, for rows that ask. wishes: those of the slots, which
+    DecodeGraphs know too; like: what fold gives of any step."""
 
     def __init__(
-        self, model: Family, slots: int, sequences: Sequences, most: int, like: Folded
+        self, model: Family, wishes: Wishes, sequences: Sequences, most: int, like: Folded
     ) -> None:
-        super().__init__(model, slots, sequences, most)
+        super().__init__(model, wishes, sequences, most)
         self._rows = tuple(x.new_zeros(most, *x.shape[1:]) for x in like)
 
     def serve(self, count: int) -> bool:

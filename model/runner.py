@@ -19,7 +19,7 @@ from model.batch import Batch
 from model.chunk import Capacity, Chunk, Copy, OutOfDeviceMemory, Sampled, Sampling
 from model.config import ConfigError, Fields
 from model.families import Family, added, build, drawable
-from model.graphs import DecodeGraphs, EndGraphs, Replayed
+from model.graphs import DecodeGraphs, EndGraphs, Graphs, Replayed
 from model.lightning import Memory
 from model.pieces import PiecewiseGraphs
 from model.sampling import Seen, read, sample
@@ -123,10 +123,7 @@ class ModelRunner:
     def _replay(self, graphs: DecodeGraphs, chunks: list[Chunk]) -> torch.Tensor | None:
         """A step of one token of each sequence, by a graph. What it draws lies on the host if that
         is for all rows, else on the device for those that ask."""
-        replayed = graphs.replay(chunks)
-        if graphs.wishes.plain(chunks):
-            return replayed.ids
-        return self._sample(replayed, chunks)
+        return self._draw(graphs, graphs.replay(chunks), chunks)
 
     def _run(self, chunks: list[Chunk]) -> torch.Tensor | None:
         """Any step, by graphs as far as they go. What it draws is for those that ask."""
@@ -140,18 +137,21 @@ class ModelRunner:
             return None
         if self.ends is not None and self.ends.serve(len(asking)):
             assert batch.sample_rows is not None
-            replayed = self.ends.replay(asking, folded, batch.sample_rows)
-            if self.ends.wishes.plain(asking):
-                return replayed.ids
-            return self._sample(replayed, asking)
+            return self._draw(
+                self.ends, self.ends.replay(asking, folded, batch.sample_rows), asking
+            )
         terms = self.model.finish(*batch.sampled(*folded))
-        drawn = sample(added(drawable(self.model, terms)), asking, self.seen)
-        self._remember(asking, drawn)
-        return drawn
+        return self._sample(drawable(self.model, terms), asking)
 
-    def _sample(self, replayed: Replayed, chunks: list[Chunk]) -> torch.Tensor:
-        """Draw as chunks ask, of whose rows a graph has left logits: for those that ask."""
-        logits = added(replayed.terms)
+    def _draw(self, graphs: Graphs, replayed: Replayed, chunks: list[Chunk]) -> torch.Tensor:
+        """What a graph has drawn, or what comes of its logits where a chunk asks for more."""
+        if graphs.wishes.plain(chunks):
+            return replayed.ids
+        return self._sample(replayed.terms, chunks)
+
+    def _sample(self, terms: torch.Tensor, chunks: list[Chunk]) -> torch.Tensor:
+        """Draw as chunks ask, from the terms of their logits: for those that ask."""
+        logits = added(terms)
         asking = [chunk for chunk in chunks if chunk.sampling is not None]
         if len(asking) < len(chunks):
             places = [i for i, chunk in enumerate(chunks) if chunk.sampling is not None]
@@ -383,7 +383,8 @@ def load_runner(
             runner.pieces = PiecewiseGraphs(model, store, runner.sequences, step_tokens)
             runner.pieces.capture()
             like = runner.pieces.gives
-            runner.ends = EndGraphs(model, store.slots.count, runner.sequences, most, like)
+            wishes = runner.graphs.wishes
+            runner.ends = EndGraphs(model, wishes, runner.sequences, most, like)
             runner.ends.capture(pool)
             # again: capturing has emptied the allocator's cache; what is served by graphs from here
             # on was compiled without them by the first time

@@ -167,8 +167,8 @@ class Store:
         return slot, self._on_host((blocks, self.blocks.bytes), torch.uint8)
 
     def reserve(self, size: int) -> None:
-        """Pin as much host memory now as so many bytes hold slots, which will be saved: else the
-        system takes milliseconds for each, and steps wait for that."""
+        """Pin host memory now for as many slots as so many bytes hold: else the system takes
+        milliseconds for each that is saved, and steps wait for that."""
         if self._leaving is None or not self.slots.bytes or self.blocks.bytes:
             return  # beside KV blocks a state has no one size that could be held ready
         try:
@@ -220,8 +220,8 @@ class Store:
         return host
 
     def _leave(self, host: torch.Tensor, part: torch.Tensor) -> None:
-        """Copy to the host without waiting for it: part is itself a copy, so that the slot or the
-        blocks may change meanwhile."""
+        """Copy to the host, beside a GPU once it is sent: part is itself a copy, so that the slot
+        or the blocks may change meanwhile."""
         if self._leaving is None:
             host.copy_(part)
         else:

@@ -99,7 +99,8 @@ def captured(runner: ModelRunner, most: int, monkeypatch: pytest.MonkeyPatch) ->
     """Let a runner serve its steps, of up to so many rows, as it does beside a GPU."""
     slots, of = runner.capacity.slots, (runner.model, runner.store, runner.sequences)
     chains = recorded(runner, most, monkeypatch)
-    graphs, ends = DecodeGraphs(*of, slots), EndGraphs(of[0], slots, of[2], slots, chains.gives)
+    graphs = DecodeGraphs(*of, slots)
+    ends = EndGraphs(runner.model, graphs.wishes, runner.sequences, slots, chains.gives)
     monkeypatch.setattr(graphs, "_replay", eager(graphs))
     monkeypatch.setattr(ends, "_replay", eager(ends))
     monkeypatch.setattr(runner, "pieces", chains)

@@ -17,6 +17,7 @@ from model.graphs import EndGraphs, ladder
 from model.lightning import Lightning
 from model.pieces import APART, TAILS, PiecewiseGraphs
 from model.runner import ModelRunner
+from model.sampling import Wishes
 from tests.model.captured import eager, recorded
 from tests.model.checkpoints import KINDS
 from tests.model.harness import GREEDY, Sequence, load, prompt
@@ -134,7 +135,8 @@ def test_the_end_of_a_step_draws_what_it_draws_at_once(
             with torch.inference_mode():
                 runner.sequences.keep(chunks)
                 like = runner.model.fold(Batch.pack(chunks, runner.sequences), runner.store)
-            ends = EndGraphs(runner.model, runner.capacity.slots, runner.sequences, 4, like)
+            wishes = Wishes(runner.capacity.slots)
+            ends = EndGraphs(runner.model, wishes, runner.sequences, 4, like)
             if CUDA:
                 ends.capture(torch.cuda.graph_pool_handle())
             else:
