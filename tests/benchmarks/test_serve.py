@@ -90,7 +90,9 @@ def test_through_http_beside_the_engine_alone(shape: Path, monkeypatch: pytest.M
             times = [rows[f"{kind} p{percent}, {name}"] for percent in (50, 90, 99)]
             for column in ("value", "floor"):
                 values = [row[column] for row in times]
-                assert values[0] > 0 and values == sorted(values)
+                # tokens that are read at once have no time between them
+                least = values[-1] if kind == "ITL" else values[0]
+                assert least > 0 <= values[0] and values == sorted(values)
 
 
 def test_times_are_of_when_a_request_was_due() -> None:
