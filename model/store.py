@@ -124,10 +124,7 @@ class Store:
         """Copy a slot and blocks to host memory, bit for bit: on CUDA once it has departed. It
         needs as much of the device for a while; where that has no memory left, the steps after it
         wait for the transfer instead."""
-        host = None if blocks else self._rows.take()
-        host_blocks = self._no_blocks
-        if host is None:
-            host, host_blocks = self.host(len(blocks))
+        host, host_blocks = self._host(len(blocks))
         row = self.slots.memory[slot]
         if self._leaving is not None and self._crossing is None:
             self._crossing = Crossing()
@@ -159,12 +156,7 @@ class Store:
         """Host memory for the bytes of a slot and of so many blocks, to which the host may write;
         pinned beside a GPU, as far as the system lets it."""
         self.depart()  # or nobody could wait for what leaves
-        slot = None if blocks else self._rows.take(idle=True)
-        if slot is None:
-            slot = self._on_host((self.slots.bytes,), torch.uint8)
-        if not blocks:
-            return slot, self._no_blocks
-        return slot, self._on_host((blocks, self.blocks.bytes), torch.uint8)
+        return self._host(blocks, idle=True)
 
     def reserve(self, size: int) -> None:
         """Pin host memory now for as many slots as so many bytes hold: else the system takes
@@ -195,6 +187,15 @@ class Store:
         except torch.OutOfMemoryError:
             for at, block in enumerate(blocks):
                 self.blocks.memory[block].copy_(saved.blocks[at], non_blocking=True)
+
+    def _host(self, blocks: int, *, idle: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for bytes that the device brings; idle: it brings and takes none there."""
+        slot = None if blocks else self._rows.take(idle=idle)
+        if slot is None:
+            slot = self._on_host((self.slots.bytes,), torch.uint8)
+        if not blocks:
+            return slot, self._no_blocks
+        return slot, self._on_host((blocks, self.blocks.bytes), torch.uint8)
 
     def _on_host(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         if self.device.type == "cuda":
