@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from kernels.language import early, expm1, jit, next_power_of_2, start_early, tl
-from kernels.packing import output
+from kernels.packing import PADDING, output
 from kernels.tuning import DecodeTuning, decode_tuning
 
 
@@ -62,7 +62,7 @@ def _lightning_decode_kernel(
     b_s += b_s * expm1(-slope) + b_k[:, None] * b_v
     b_o = tl.sum(b_q[:, None] * b_s, 0) * scale  # [V], zero in a row of padding
     p_o = o_ptr + (i_n * H + i_h) * DV + o_v
-    tl.store(p_o, b_o.to(o_ptr.dtype.element_ty), mask=o_v < DV)
+    tl.store(p_o, b_o.to(o_ptr.dtype.element_ty), mask=(o_v < DV) & (slot >= -1))
     tl.store(p_state, b_s.to(states_ptr.dtype.element_ty), mask=m_state)
 
 
@@ -123,7 +123,7 @@ def _torch(
 ) -> None:
     """All sequences together: states are gathered, updated and put back."""
     if int(slots.min()) < 0:
-        o.zero_()
+        o[slots == PADDING] = 0
         real = (slots >= 0).nonzero().squeeze(1)
         if len(real):
             q, k, v, slots, starts = (x[real] for x in (q, k, v, slots, starts))
@@ -155,8 +155,8 @@ def lightning_decode(
     """q, k [N, H, dk], v [N, H, dv], slopes [H] float32 -> o [N, H, dv] in v's dtype.
 
     states [S, H, dk, dv] float32 or bfloat16, updated in place at slots [N] int32. Where starts [N]
-    int64 is 0 the old state counts as zero; a row with slot -1 is padding and comes out as zero.
-    out: contiguous memory for o.
+    int64 is 0 the old state counts as zero; a row with slot PADDING comes out as zero, one with
+    ELSEWHERE is left as it is. out: contiguous memory for o.
     """
     N, H, dk = q.shape
     dv = v.shape[-1]

@@ -25,7 +25,7 @@ import torch
 
 from kernels.language import early, expm1, jit, next_power_of_2, start_early, tl
 from kernels.launches import Launch, Launches, launch
-from kernels.packing import output
+from kernels.packing import PADDING, output
 from kernels.tuning import RingTuning, processors, ring_tuning
 
 MOST_REGISTERS = 255  # of a thread, where a program has a multiprocessor almost to itself
@@ -159,8 +159,9 @@ def _decode_kernel(
     slot = tl.load(slots_ptr + i_n).to(tl.int64)
     start = tl.load(starts_ptr + i_n)
     if slot < 0:
-        for v in tl.static_range(0, COLUMNS, BLOCK_V):
-            tl.store(p_o + v + o_v, tl.zeros([BLOCK_V], o_ptr.dtype.element_ty))
+        if slot == -1:
+            for v in tl.static_range(0, COLUMNS, BLOCK_V):
+                tl.store(p_o + v + o_v, tl.zeros([BLOCK_V], o_ptr.dtype.element_ty))
         return
     p_q = q_ptr + i_n * q_row_stride + i_h * q_head_stride
     p_k = k_ptr + i_n * k_row_stride + i_h * k_head_stride
@@ -499,7 +500,7 @@ def _torch(
     o: torch.Tensor,
 ) -> None:
     """All sequences together: states and rings are gathered, and the states put back."""
-    o.zero_()
+    o[slots == PADDING] = 0
     real = (slots >= 0).nonzero().squeeze(1)
     if len(real) == 0:
         return
@@ -598,8 +599,9 @@ def lightning_ring_decode(
     dtype and folded [S, H, parts(dv), 2] int64 are updated in place at slots [N] int32. starts [N]
     int64 are the positions of these tokens: each one more than in the call before, or up to
     `drafts` less than that, which forgets the tokens from there on. Where it is 0 the sequence
-    begins, whatever the slot holds; a row with slot -1 is padding and comes out as zero. `drafts` <
-    R is the same in every call between two folds. out: contiguous memory for o.
+    begins, whatever the slot holds; a row with slot PADDING comes out as zero, one with ELSEWHERE
+    is left as it is. `drafts` < R is the same in every call between two folds. out: contiguous
+    memory for o.
     """
     inputs = q, k, v, slopes, states, ring_k, ring_v, folded, slots, starts
     if out is not None and q.is_cuda and DECODES.again((*inputs, out), scale, drafts):

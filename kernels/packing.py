@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+PADDING = -1  # the slot of a row of nobody: what it gives is zero
+ELSEWHERE = -2  # that of a row that another launch serves: what that gives stays
+
 
 @dataclass(slots=True, frozen=True, eq=False)
 class Packing:
@@ -13,7 +16,8 @@ class Packing:
 
     lengths:    host copy of the row counts, each at least 1 (so that no kernel asks the device).
     cu_seqlens: [N + 1] int32, row at which each sequence begins; cu_seqlens[N] == T.
-    slots:      [N] int32, the state slot of each sequence, no two alike.
+    slots:      [N] int32, the state slot of each sequence. No two alike, but where an operation
+                says that sequences of one row go on with longer ones.
     starts:     [N] int64, tokens already folded into the slot; 0 means that the slot's content,
                 whatever it is (NaN included), counts as zero / as an empty window.
     past:       host copy of starts, for those that cut work by it.
@@ -34,6 +38,12 @@ class Packing:
         for index, length in enumerate(self.lengths):
             if length < 1:
                 raise ValueError(f"sequence {index} of the batch has length {length}, not >= 1")
+
+    def first(self, n: int) -> Packing:
+        """Of its sequences the first n."""
+        past = None if self.past is None else self.past[:n]
+        ends = self.cu_seqlens[: n + 1]
+        return Packing(self.lengths[:n], ends, self.slots[:n], self.starts[:n], past)
 
 
 def output(shape: tuple[int, ...], like: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:

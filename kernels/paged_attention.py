@@ -46,14 +46,14 @@ def _triton(
     scale: float,
     o: torch.Tensor,
 ) -> None:
-    """Leading chunks of one row split their keys, the others go by tiles of rows."""
+    """Leading chunks of one row split their keys, the others go by tiles of rows, and first."""
     lengths = packing.lengths
     singles = next((i for i, n in enumerate(lengths) if n > 1), len(lengths))
     pages = pages_k, pages_v
-    if singles:
-        decode(q[:singles], k, v, *pages, tables, packing.slots, packing.starts, scale, o)
     if singles < len(lengths):
         prefill(q, k, v, *pages, tables, packing, singles, scale, o)
+    if singles:
+        decode(q[:singles], k, v, *pages, tables, packing.slots, packing.starts, scale, o)
 
 
 def _torch(
@@ -67,24 +67,26 @@ def _torch(
     scale: float,
     o: torch.Tensor,
 ) -> None:
-    """Sequence by sequence: gather its pages once, then attend by blocks of queries."""
+    """Sequence by sequence, the last first: gather its pages once, then attend by blocks of
+    queries."""
     block_size = pages_k.shape[1]
-    first = 0
+    end = len(q)
     slots, starts = packing.slots.tolist(), packing.starts.tolist()
-    for n, slot, start in zip(packing.lengths, slots, starts, strict=True):
-        rows = slice(first, first + n)
-        first += n
+    sequences = list(zip(packing.lengths, slots, starts, strict=True))
+    for n, slot, start in reversed(sequences):
+        rows = slice(end - n, end)
+        end -= n
         if slot < 0:
             o[rows] = 0
             continue
-        table, end = tables[slot], start + n
-        positions = torch.arange(start, end)
+        table, length = tables[slot], start + n
+        positions = torch.arange(start, length)
         block, offset = table[positions // block_size], positions % block_size
         pages_k[block, offset] = k[rows]
         pages_v[block, offset] = v[rows]
-        used = table[: -(-end // block_size)]
-        keys, values = (  # [1, Hkv, end, d]
-            pages[used].flatten(0, 1)[:end].transpose(0, 1)[None] for pages in (pages_k, pages_v)
+        used = table[: -(-length // block_size)]
+        keys, values = (  # [1, Hkv, length, d]
+            pages[used].flatten(0, 1)[:length].transpose(0, 1)[None] for pages in (pages_k, pages_v)
         )
         for a in range(0, n, QUERIES):
             b = min(a + QUERIES, n)
@@ -114,8 +116,9 @@ def paged_attention(
     """q [T, H, d], k, v [T, Hkv, d] -> o [T, H, d]; pages [blocks, block_size, Hkv, d], in place.
 
     tables [slots, most blocks] int32: each slot's blocks in order, past its last one anything.
-    A leading chunk of one row whose slot is -1 is padding: it comes out as zero, and its table is
-    not read. Chunks of several rows need packing.past. out: contiguous memory for o.
+    A leading chunk of one row may go on where a longer one of its slot ends. One whose slot is -1
+    is padding: it comes out as zero, and its table is not read. Chunks of several rows need
+    packing.past. out: contiguous memory for o.
     """
     T, H, d = q.shape
     Hkv = k.shape[1]

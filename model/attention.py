@@ -38,7 +38,13 @@ class Softmax:
         rows = store.blocks if self.window is None else store.slots
         keys, values = rows.views[f"keys.{self.index}"], rows.views[f"values.{self.index}"]
         inputs, packing = (heads.q, heads.k, heads.v, keys, values), batch.packing
-        if self.window is not None:
+        if self.window is None:
+            paged_attention(*inputs, batch.tables, packing, self.scale, out=heads.o)
+        elif not batch.resumes:
             window_attention(*inputs, packing, self.window, self.scale, out=heads.o)
         else:
-            paged_attention(*inputs, batch.tables, packing, self.scale, out=heads.o)
+            n, row = batch.singles, batch.tail_row
+            assert batch.tail is not None
+            for part, where in ((heads[row:], batch.tail), (heads[:n], packing.first(n))):
+                inputs = part.q, part.k, part.v, keys, values
+                window_attention(*inputs, where, self.window, self.scale, out=part.o)

@@ -47,12 +47,14 @@ Recorder = Callable[[Attention, Heads], None]
 @dataclass(slots=True, frozen=True, eq=False)
 class Batch:
     """T tokens of N sequences. The first `singles` sequences have one row each, the rest follow.
+    Some of the first may go on where one of the rest ends: these come before them in time.
 
     ids [T], positions [T] int64; packing: all sequences, or the singles alone where attention is
     recorded that asks for no others; tail: those after the singles, with rows counted from row
     `tail_row`, and ends [N - singles] int64, the positions at which they end;
     tables [slots, most blocks] int32, every slot's blocks;
     sample_rows [R] int64: rows whose logits are asked for, in the order of the batch; None: all.
+    resumes: whether some of the singles go on with one of the tail.
     recorder: is told what would attend, and to what, where a step is recorded; it sees to it.
     """
 
@@ -65,6 +67,7 @@ class Batch:
     tables: torch.Tensor
     sample_rows: torch.Tensor | None
     tail_row: int = 0
+    resumes: bool = False
     recorder: Recorder | None = None
 
     def attend(
@@ -106,10 +109,11 @@ class Batch:
             ),
         )
         cu_seqlens = np.array(rows, dtype=np.int32)
+        numbers = [chunk.slot for chunk in chunks]
         short = (
             cu_seqlens,
             cu_seqlens[singles:] - singles,
-            np.array([chunk.slot for chunk in chunks], dtype=np.int32),
+            np.array(numbers, dtype=np.int32),
         )
         ids, positions, starts_, ends, sample_rows, cu, tail_cu, slots = _transfer(
             long, short, sequences.device
@@ -131,6 +135,7 @@ class Batch:
             tables=sequences.tables,
             sample_rows=sample_rows,
             tail_row=singles,
+            resumes=not set(numbers[:singles]).isdisjoint(numbers[singles:]),
         )
 
 

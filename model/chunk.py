@@ -63,6 +63,8 @@ class Chunk(msgspec.Struct, kw_only=True, gc=False):
     prompt:   whether these tokens belong to the prompt: only the repetition penalty counts them.
     penalised: whether the sequence's Sampling is penalised, so that its tokens must be remembered
               (a prompt chunk says so too, though its sampling is None).
+    apart:    whether the last of at least three tokens is computed behind the others, as a chunk of
+              one would be, so that the state can be set back by it.
     before:   with the first chunk after a checkpoint, of a penalised sequence: the tokens in front
               of `start`, all of the prompt, which no chunk has brought.
     """
@@ -76,7 +78,21 @@ class Chunk(msgspec.Struct, kw_only=True, gc=False):
     suppress: Sequence[int] = ()
     prompt: bool = True
     penalised: bool = False
+    apart: bool = False
     before: Sequence[int] = ()
+
+    @property
+    def parts(self) -> tuple[Chunk, ...]:
+        """What is computed, one after another."""
+        if not self.apart:
+            return (self,)
+        n = len(self.tokens) - 1
+        assert n > 1, "two parts of one token would be computed together"
+        replace = msgspec.structs.replace
+        return (
+            replace(self, tokens=self.tokens[:n], sampling=None),
+            replace(self, tokens=self.tokens[n:], start=self.start + n),
+        )
 
 
 class Sampled(msgspec.Struct, gc=False):
@@ -167,7 +183,8 @@ class Capacity:
 
     state_bytes is the size of one slot, block_bytes that of one KV block over all layers (0 for a
     model without full softmax layers, whose `blocks` and `block_size` are 0 too). A state may be
-    gone on with from up to `rollback` tokens before its position, as if these had not been.
+    gone on with from up to `rollback` tokens before its position, as if these had not been, where
+    they were computed one by one, or apart.
     pinned: states on the host lie in pinned memory, of which a state takes as much as it has, and
     beside KV blocks a power of two for its slot and one for these.
     max_model_len is None for a model whose sequences may grow without bound. dtype is that of

@@ -61,12 +61,13 @@ class Lightning:
         self.scale = scale
 
     def __call__(self, heads: Heads, batch: Batch, store: Store) -> None:
-        """Sequences of one row take the decode kernel, longer ones the chunked kernel."""
+        """Sequences of one row take the decode kernel, longer ones the chunked kernel: these first,
+        for one of one row may go on with a longer one."""
         n, row = batch.singles, batch.tail_row
-        if n:
-            self._decode(heads if n == len(heads.q) else heads[:n], batch.packing, store)
         if batch.tail is not None:
             self._prefill(heads[row:] if row else heads, batch, store)
+        if n:
+            self._decode(heads if n == len(heads.q) else heads[:n], batch.packing, store)
 
     def _rings(self, store: Store) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Keys, values and how far each state is folded; None without rings."""

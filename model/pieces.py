@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from kernels.packing import Packing
+from kernels.packing import ELSEWHERE, PADDING, Packing
 from model.batch import Attention, Batch, Heads, Recorder
 from model.chunk import Chunk
 from model.families import Family
@@ -95,7 +95,7 @@ class Metadata:
         device = self._memory.device
         host = torch.zeros(self._memory.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
         starts, ends, slots, tail_slots, items = (x.numpy() for x in self._views(host))
-        slots[singles:], tail_slots[:], items[:, 2] = -1, -1, range(TAILS)
+        slots[singles:], tail_slots[:], items[:, 2] = PADDING, PADDING, range(TAILS)
         if singles:
             slots[:singles] = [chunk.slot for chunk in chunks[:singles]]
         tail = chunks[singles:]
@@ -105,6 +105,7 @@ class Metadata:
             starts[:n] = [chunk.start for chunk in tail]
             lengths = [len(chunk.tokens) for chunk in tail]
             ends[:n] = starts[:n] + lengths
+            slots[singles : singles + sum(lengths)] = ELSEWHERE
             rows = accumulate(lengths[:-1], initial=singles)
             cut = [
                 (row, length, i, 1)
@@ -115,7 +116,7 @@ class Metadata:
 
     def of(self, batch: Batch) -> Batch:
         """A step of as many rows, as lightning attention is to read it: rows that are not the only
-        ones of their sequence count as padding among those that are."""
+        ones of their sequence are nobody's among those that are."""
         starts, ends, slots, tail_slots, items = self._views(self._memory)
         singles = min(len(batch.ids), self._singles)
         return replace(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -89,14 +89,14 @@ class ModelRunner:
         Raises OutOfDeviceMemory; the slots of these chunks then hold garbage, others are as before.
         """
         graphs = self.graphs if self.graphs is not None and self.graphs.serve(chunks) else None
-        order: Sequence[int] = range(len(chunks))
+        parts = [(i, part) for i, chunk in enumerate(chunks) for part in chunk.parts]
         if graphs is None:
-            order = sorted(order, key=lambda i: len(chunks[i].tokens) > 1)
-        ordered = [chunks[i] for i in order]
-        asking = [i for i in order if chunks[i].sampling is not None]
+            parts.sort(key=lambda part: len(part[1].tokens) > 1)
+        ordered = [part for _, part in parts]
+        asking = [i for i, part in parts if part.sampling is not None]
         try:
-            self.sequences.keep(ordered)
-            self.seen.record(ordered, self.sequences)
+            self.sequences.keep(chunks)
+            self.seen.record(chunks, self.sequences)
             drawn = self._run(ordered) if graphs is None else self._replay(graphs, ordered)
             self.store.depart()  # the device has a step to do, which takes it longer
             return Launched(chunks, asking, *self._leave(drawn))
@@ -267,6 +267,8 @@ class ModelRunner:
         if tokens > 2:  # a prompt that goes on: its state may be copied first
             rest = [0] * (min(tokens, 512) - 1)
             self.step([Chunk(tokens=rest, start=1, slot=0, blocks=blocks)])
+        if tokens >= 3:  # a prompt whose last token is computed apart
+            self.step([Chunk(tokens=[0] * 3, start=0, slot=0, blocks=blocks[:1], apart=True)])
         if self.capacity.slots > 1 and tokens >= 3:
             one = Chunk(tokens=[0], start=2, slot=0, blocks=blocks[:1], sampling=draw)
             two = Chunk(tokens=[0, 0], start=0, slot=1, blocks=blocks[1:2] or blocks, sampling=draw)

@@ -170,10 +170,12 @@ class Checkpoints:
         self._explain(request, ended=True)
 
     def take(self, request: Request) -> None:
-        """Keep the state of a running request if it has come to a position that is wanted."""
+        """Keep the state of a running request if it has come to a position that is wanted, or one
+        past it by a token that can be taken back."""
         while request.wanted and request.wanted[0] <= request.computed:
-            if request.wanted.pop(0) == request.computed:
-                checkpoint = self._new(request)
+            position = request.wanted.pop(0)
+            if request.computed - position <= request.apart:
+                checkpoint = self._new(request, position)
                 if checkpoint is not None:
                     self._keep(checkpoint, request, self.tiers.take(checkpoint, request))
 
@@ -181,19 +183,22 @@ class Checkpoints:
         """Keep what a request that ends has in its slot, by letting the slot go over.
 
         A stop that was found late has been read into the state as the last token: the state is set
-        back by that where it can be. One that is a single token farther than the last is not kept.
+        back by that where it can be, and by the last token of a prompt if the state in front of it
+        is wanted. One that is a single token farther than the last is not kept.
         """
         assert request.computed <= len(request.tokens), "a token that nobody knows"
         if request.lost:
             return None
         if request.generated and request.computed == len(request.tokens):
             request.computed -= min(self.capacity.rollback, 1)
+        elif request.apart and request.computed - 1 in request.wanted:
+            request.computed -= 1
         if request.computed < LEAST and not request.reading:
             return None
         last = max([request.cached, *(checkpoint.position for checkpoint in request.kept)])
         if request.computed - last < 2 and not request.reading:
             return None
-        checkpoint = self._new(request)
+        checkpoint = self._new(request, request.computed)
         if checkpoint is not None:
             self.tiers.inherit(checkpoint, request)
             self._keep(checkpoint, request, True)
@@ -262,13 +267,13 @@ class Checkpoints:
         chain = chain_of(request)
         return [at for at in marks if at > length or chain.key(at) not in self._by_key]
 
-    def _new(self, request: Request) -> Checkpoint | None:
-        """A checkpoint at a request's position; None, and a touch, if there is one."""
-        key = chain_of(request).key(request.computed)
+    def _new(self, request: Request, position: int) -> Checkpoint | None:
+        """A checkpoint of a request at a position; None, and a touch, if there is one."""
+        key = chain_of(request).key(position)
         if (known := self._by_key.get(key)) is not None:
             self.tiers.touch(known)
             return None
-        return self._make(key, request.computed, request.salt)
+        return self._make(key, position, request.salt)
 
     def _make(self, key: str, position: int, salt: str) -> Checkpoint:
         self._number += 1

@@ -49,6 +49,7 @@ class Request:
     expected: int = 0  # tokens of its prompt, about
 
     computed: int = 0
+    apart: bool = False  # the last of the tokens computed last lies apart: it can be taken back
     drawing: int = 0  # tokens that steps under way will append
     lost: bool = False  # a step has left garbage in its slot
     slot: int | None = None

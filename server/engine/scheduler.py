@@ -54,6 +54,7 @@ class Scheduler:
     ) -> None:
         self.budget = Budget(max_step_tokens, target_seconds)
         self.vocab_size = capacity.vocab_size
+        self.rollback = capacity.rollback
         self.holdings = Holdings(capacity)
         bounds = [capacity.max_model_len, self.holdings.most_positions]
         self.max_length = min((bound for bound in bounds if bound is not None), default=None)
@@ -325,14 +326,22 @@ class Scheduler:
         return packed
 
     def _reach(self, request: Request, budget: int) -> int:
-        """How many of the next tokens can be computed: up to the next position that is wanted, and
-        as far as blocks last when checkpoints have made room."""
+        """How many of the next tokens can be computed: up to the next position that is wanted, or
+        one past it, and as far as blocks last when checkpoints have made room."""
         wish = min(request.remaining, budget)
         if request.wanted:
-            wish = min(wish, request.wanted[0] - request.computed)
+            pause = request.wanted[0] - request.computed
+            if wish != pause + 1 or not self._passes(request, wish):
+                wish = min(wish, pause)
         while (count := self.holdings.reach(request, wish)) < wish and self.admission.evict():
             pass
         return count
+
+    def _passes(self, request: Request, count: int) -> bool:
+        """Whether the next `count` tokens are the rest of a prompt whose last one can be taken back
+        from its state: that need not pause for the state in front of it."""
+        ends = request.computed + count == request.prompt_length and not request.more
+        return ends and count > 2 and self.rollback > 0
 
     def _preempt(self, request: Request, reason: str) -> None:
         del self.running[request.id]

@@ -134,7 +134,7 @@ class Holdings:
         """Give back everything; the copies that keep the state on the host meanwhile."""
         copies = []
         if request.computed:
-            copies.append(Copy(self.here(request), saved(request)))
+            copies.append(Copy(self.here(request, request.computed), saved(request)))
         self.release(request)
         return copies
 
@@ -144,7 +144,8 @@ class Holdings:
         self.cover(request, request.computed)
         if not request.computed:
             return []
-        return [Copy(saved(request), self.here(request)), Copy(saved(request), None)]
+        here = self.here(request, request.computed)
+        return [Copy(saved(request), here), Copy(saved(request), None)]
 
     def _rounded(self, size: int) -> int:
         """As the system gives out pinned memory, of which nobody knows the size beforehand."""
@@ -155,10 +156,11 @@ class Holdings:
         self.slots.check()
         self.blocks.check()
 
-    def here(self, request: Request) -> Place:
-        """Where a running request's state lies, at the position it has come to."""
-        blocks = tuple(request.blocks[: self.blocks_for(request.computed)])
-        return Place(slot=request.slot, blocks=blocks, position=request.computed)
+    def here(self, request: Request, position: int) -> Place:
+        """Where a running request's state lies, as that of a position which it has come to or can
+        be set back to."""
+        blocks = tuple(request.blocks[: self.blocks_for(position)])
+        return Place(slot=request.slot, blocks=blocks, position=position)
 
 
 def saved(request: Request) -> Place:

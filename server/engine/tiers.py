@@ -92,13 +92,14 @@ class Tiers:
 
     def take(self, checkpoint: Checkpoint, request: Request) -> bool:
         """Copy a running request's state, on the device if it can be; whether it lies anywhere."""
+        source = self.holdings.here(request, checkpoint.position)
         if self.holdings.slots.free or self.evict():
             checkpoint.slot = self.holdings.slots.take(checkpoint.name)
             self._share_blocks(checkpoint, request)
-            self.copies.append(Copy(self.holdings.here(request), self.here(checkpoint), True))
+            self.copies.append(Copy(source, self.here(checkpoint), True))
             self.device[checkpoint] = None
             return True
-        return self._to_host(checkpoint, self.holdings.here(request))
+        return self._to_host(checkpoint, source)
 
     def inherit(self, checkpoint: Checkpoint, request: Request) -> None:
         """Take over an ending request's own slot: nothing is copied."""
@@ -117,7 +118,7 @@ class Tiers:
             request.blocks += whole
         self.holdings.cover(request, checkpoint.position)
         request.computed = checkpoint.position
-        here = self.holdings.here(request)
+        here = self.holdings.here(request, checkpoint.position)
         if checkpoint.slot is not None:
             self.copies.append(Copy(self.here(checkpoint), here, True))
         else:

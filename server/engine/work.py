@@ -38,6 +38,7 @@ def chunk_of(request: Request, count: int) -> Chunk:
     assert request.slot is not None
     start, end, known = request.computed, request.computed + count, len(request.tokens)
     request.computed = end
+    request.apart = bool(request.wanted) and request.wanted[0] < end
     penalised = request.sampling.penalised
     last = end == known + request.drawing and not request.reading
     chunk = Chunk(
@@ -50,6 +51,7 @@ def chunk_of(request: Request, count: int) -> Chunk:
         suppress=request.suppress if last else (),
         prompt=start < request.prompt_length,
         penalised=penalised,
+        apart=request.apart,
         before=request.tokens[:start] if penalised and 0 < start == request.cached else (),
     )
     request.drawing += last

@@ -8,6 +8,7 @@ import torch
 from kernels.language import HAVE_TRITON, expm1, jit, tl
 from kernels.lightning_decode import lightning_decode
 from kernels.lightning_reference import lightning_reference
+from kernels.packing import ELSEWHERE, PADDING
 from tests.kernels.cases import error, interleaved, pool
 
 BOUND = {torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 4e-3}
@@ -49,10 +50,12 @@ def test_a_batch_with_padding(device, dk, dv, dtype):
 def test_nothing_but_padding(device):
     q, k, v = interleaved(2, 3, (16, 16, 16), device=device)
     (states,) = pool(2, (3, 16, 16), device=device)
-    slots = torch.tensor([-1, -1], dtype=torch.int32, device=device)
+    slots = torch.tensor([PADDING, ELSEWHERE], dtype=torch.int32, device=device)
     starts = torch.tensor([0, 5], device=device)
-    o = lightning_decode(q, k, v, torch.tensor(SLOPES, device=device), 1.0, states, slots, starts)
-    assert (o == 0).all() and states.isnan().all()
+    slopes = torch.tensor(SLOPES, device=device)
+    o = torch.full_like(v, 3.0)
+    lightning_decode(q, k, v, slopes, 1.0, states, slots, starts, out=o)
+    assert (o[0] == 0).all() and (o[1] == 3).all() and states.isnan().all()
 
 
 def test_bfloat16_state(device):

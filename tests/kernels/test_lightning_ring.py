@@ -9,6 +9,7 @@ from kernels import lightning_ring
 from kernels.lightning_prefill import lightning_prefill
 from kernels.lightning_reference import lightning_reference
 from kernels.lightning_ring import lightning_ring_decode, lightning_ring_fold
+from kernels.packing import ELSEWHERE, PADDING
 from kernels.tuning import RingTuning
 from tests.kernels.cases import error, interleaved, pack, pool
 
@@ -27,11 +28,11 @@ class Slots:
         shape = S, H + 2, lightning_ring.parts(dv), 2
         self.folded = torch.full(shape, -(1 << 60), device=device)[:, :H]
 
-    def decode(self, q, k, v, slots, starts, scale=1.0, drafts=0):
+    def decode(self, q, k, v, slots, starts, scale=1.0, drafts=0, out=None):
         slots = torch.as_tensor(slots, dtype=torch.int32, device=q.device)
         starts = torch.as_tensor(starts, device=q.device)
         where = self.states, *self.rings, self.folded, slots, starts
-        return lightning_ring_decode(q, k, v, self.slopes, scale, *where, drafts=drafts)
+        return lightning_ring_decode(q, k, v, self.slopes, scale, *where, drafts=drafts, out=out)
 
     def fold(self, slots, starts, ends=None, drafts=0):
         device = self.states.device
@@ -85,7 +86,10 @@ def test_a_staggered_batch_of_wide_heads(device, dk, dv, R, dtype, request):
 def test_nothing_but_padding(device):
     on = Slots(2, 4, 16, 16, device)
     q, k, v = interleaved(2, H, (16, 16, 16), device=device)
-    assert (on.decode(q, k, v, [-1, -1], [0, 5]) == 0).all()
+    assert (on.decode(q, k, v, [PADDING, PADDING], [0, 5]) == 0).all()
+    o = torch.full_like(v, 3.0)
+    on.decode(q, k, v, [ELSEWHERE, PADDING], [0, 5], out=o)
+    assert (o[0] == 3).all() and (o[1] == 0).all()
     on.fold([-1, -1], [0, 5])
     assert on.states.isnan().all() and on.rings[0].isnan().all() and on.rings[1].isnan().all()
     assert (on.folded == -(1 << 60)).all()

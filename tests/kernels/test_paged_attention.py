@@ -84,6 +84,18 @@ def test_single_tokens_behind_chunks(device, dtype):
     check(STEPS, 64, **shape, singles_first=False)
 
 
+def test_a_single_token_goes_on_where_a_chunk_ends(device, dtype):
+    """Both in one call: keys that the chunk brings are there when the token looks for them."""
+    n, H, Hkv, d, page = 130, 4, 2, 64, 64
+    q, k, v = torch.randn(n, H + 2 * Hkv, d, device=device).to(dtype).split((H, Hkv, Hkv), dim=1)
+    pages = pool(3, (page, Hkv, d), (page, Hkv, d), dtype=dtype, device=device)
+    table = torch.tensor([[2, 0, 1]], dtype=torch.int32, device=device)
+    order = torch.tensor([n - 1, *range(n - 1)], device=device)
+    packing = pack([1, n - 1], [0, 0], [n - 1, 0], device)
+    o = paged_attention(q[order], k[order], v[order], *pages, table, packing, 0.4)
+    assert error(o, paged_attention_reference(q, k, v, 0.4)[order]) <= BOUND[dtype]
+
+
 @pytest.mark.parametrize("page", [64, 48])
 @pytest.mark.parametrize("G", [1, 3])
 def test_keys_in_pieces(device, page, G, monkeypatch):

@@ -90,6 +90,37 @@ def test_batch_equals_each_alone_in_both_orders(pair: Pair) -> None:
             torch.testing.assert_close(together[row], alone[i], atol=2e-5, rtol=1e-4)
 
 
+def test_a_last_token_that_is_computed_apart_can_be_taken_back(pair: Pair) -> None:
+    """In front of a token of another sequence, or in the middle of a prompt; what goes on from one
+    token less, by one or by several, has not seen it."""
+    runner = pair.runner
+    texts = [prompt(n, seed=n) for n in (50, 50, 90)]
+    for text in texts[:2]:
+        text[49] = (text[49] + 1) % 97  # what is taken back
+    other = Sequence(runner, prompt(31), 5)
+    logits_of(runner, [other.chunk(30)])
+    sequences = [Sequence(runner, text, slot) for slot, text in enumerate(texts)]
+    logits_of(runner, [sequences[2].chunk(40)])
+    chunks = [sequence.chunk(50) for sequence in sequences]
+    for chunk in chunks:
+        chunk.apart = True
+    parts = [part for chunk in [*chunks, other.chunk(1)] for part in chunk.parts]
+    got = logits_of(runner, sorted(parts, key=lambda part: len(part.tokens) > 1))
+    for row, text in enumerate([*texts, prompt(31)]):
+        want = pair.oracle(text)[-1].float()
+        torch.testing.assert_close(got[row], want, atol=1e-4, rtol=1e-4)
+    if runner.capacity.rollback:
+        for sequence, n in zip(sequences[:2], (1, 7), strict=True):
+            sequence.ids = [*prompt(50, seed=50), *range(9)]
+            sequence.done = 49
+            row = logits_of(runner, [sequence.chunk(n)])[0]
+            want = pair.oracle(sequence.ids[: sequence.done])[-1].float()
+            torch.testing.assert_close(row, want, atol=1e-4, rtol=1e-4)
+            row = logits_of(runner, [sequence.chunk(1)])[0]
+            want = pair.oracle(sequence.ids[: sequence.done])[-1].float()
+            torch.testing.assert_close(row, want, atol=1e-4, rtol=1e-4)
+
+
 def test_saved_and_restored_bit_for_bit(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = pair.runner
     monkeypatch.setattr(store, "PIECE_BYTES", max(runner.capacity.block_bytes, 1))

@@ -42,8 +42,9 @@ def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @torch.inference_mode()
 def steps(runner: ModelRunner, graphs: PiecewiseGraphs | None) -> list[torch.Tensor]:
-    """Logits of steps of all kinds: prompts alone and beside tokens, one that goes on, tokens."""
-    long, short, other = (Sequence(runner, prompt(90, i), slot=i) for i in (1, 2, 4))
+    """Logits of steps of all kinds: prompts alone and beside tokens, one that goes on, tokens, and
+    prompts of which the last token is apart."""
+    long, short, other = (Sequence(runner, prompt(99, i), slot=i) for i in (1, 2, 4))
     logits = []
     for taken in (
         [(long, 37)],
@@ -51,8 +52,14 @@ def steps(runner: ModelRunner, graphs: PiecewiseGraphs | None) -> list[torch.Ten
         [(short, 1), (other, 1), (long, 16)],
         [(short, 1), (long, 1)],
         [(other, 33), (long, 31), (short, 16)],
+        [(short, 1), (other, -9), (long, -3)],
     ):
-        chunks: list[Chunk] = [sequence.chunk(n) for sequence, n in taken]
+        chunks: list[Chunk] = []
+        for sequence, n in taken:
+            chunk = sequence.chunk(abs(n))
+            chunk.apart = n < 0
+            chunks += chunk.parts
+        chunks.sort(key=lambda chunk: len(chunk.tokens) > 1)
         runner.sequences.keep(chunks)
         batch = Batch.pack(chunks, runner.sequences)
         if graphs is None:

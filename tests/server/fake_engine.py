@@ -63,6 +63,7 @@ class FakeRunner:
     blocks: dict[int, dict[int, int]] = field(default_factory=dict)  # block: offset: token
     saved: dict[str, array[int]] = field(default_factory=dict)
     latest: dict[int, int] = field(default_factory=dict)  # what each slot drew last
+    folded: dict[int, int] = field(default_factory=dict)  # how far each slot can be set back
     under_way: list[list[Sampled | None]] = field(default_factory=list)
     steps: list[list[Chunk]] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
@@ -122,6 +123,7 @@ class FakeRunner:
             else:
                 assert copy.target.slot is not None
                 self.slots[copy.target.slot] = state
+                self.folded[copy.target.slot] = len(state)
                 self._write(copy.target.blocks, 0, state)
 
     def device_memory(self) -> int:
@@ -139,6 +141,10 @@ class FakeRunner:
             assert self.overlaps and self.under_way and len(tokens) == 1, "nothing is pending"
             tokens[0] = self.latest[chunk.slot]
         self.slots[chunk.slot] = state + tokens
+        for part in chunk.parts:
+            alone = len(part.tokens) == 1
+            end = part.start + len(part.tokens)
+            self.folded[chunk.slot] = end - self.capacity.rollback * alone
         if self.capacity.blocks:
             size = self.capacity.block_size
             assert len(chunk.blocks) == -(-(chunk.start + len(chunk.tokens)) // size)
@@ -169,7 +175,8 @@ class FakeRunner:
             return array("i", bytes(tensor.data))[: place.position]
         assert place.slot is not None
         state = self.slots[place.slot]
-        assert 0 <= len(state) - place.position <= self.capacity.rollback
+        folded = self.folded.get(place.slot, len(state))
+        assert folded <= place.position <= len(state), "a state that cannot be set back so far"
         state = state[: place.position]
         if self.capacity.blocks:
             assert len(place.blocks) == -(-place.position // self.capacity.block_size)

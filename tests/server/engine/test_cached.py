@@ -166,7 +166,10 @@ def test_in_bfloat16_cached_is_as_near_to_cold_as_kernels_are(models: Path, kind
     want, got = (engine.run(messages) for engine in engines)
     errors = []
     for message in messages:
-        first, second = (dict(run[message.id][-4].logprobs[0].top) for run in (want, got))
+        first, second = (
+            next(dict(told.logprobs[0].top) for told in run[message.id] if told.logprobs)
+            for run in (want, got)
+        )
         common = first.keys() & second.keys()
         assert len(common) >= 15
         errors += [abs(first[id] - second[id]) for id in common]

@@ -43,6 +43,34 @@ def test_the_same_prompt_again_costs_one_token():
     assert cached(bench, "a") == 0 and cached(bench, "b") == 199
 
 
+@pytest.mark.parametrize(("overlap", "most"), [(False, 5), (True, 5), (False, 1), (True, 1)])
+def test_a_prompt_does_not_pause_in_front_of_its_last_token(overlap, most):
+    """Where that can be taken back the state in front of it is kept a step later, or handed over
+    by a request that has ended by then."""
+    bench = caching(max_step_tokens=128, overlap=overlap, rollback=1)
+    prompt = words(200, 1)
+    assert ask(bench, generate("a", prompt, most)) == 199 + most
+    lengths = [[len(chunk.tokens) for chunk in step] for step in bench.runner.steps]
+    assert lengths == [[128], [72], *[[1]] * (most - 1)]
+    assert [chunk.apart for [chunk] in bench.runner.steps] == [False, True, *[False] * (most - 1)]
+    assert ask(bench, generate("b", prompt, most)) == most
+    assert ask(bench, generate("c", [*prompt[:199], 1, 2, 3], most)) == 2 + most
+    assert [cached(bench, id) for id in "abc"] == [0, 199, 199]
+
+
+@pytest.mark.parametrize(
+    ("length", "lengths"),
+    [(128, [128]), (129, [128, 1]), (130, [128, 1, 1]), (131, [128, 3])],
+)
+def test_a_prompt_pauses_where_its_last_token_cannot_be_apart(length, lengths):
+    """One that a step has no room for comes later; of two none is apart: both are one by one."""
+    bench = caching(max_step_tokens=128, rollback=1, block_size=16, blocks=64)
+    ask(bench, generate("a", words(length, 1), 1))
+    assert [len(chunk.tokens) for [chunk] in bench.runner.steps] == lengths
+    assert bench.runner.steps[-1][0].apart == (lengths[-1] > 2)
+    assert ask(bench, generate("b", words(length, 1), 1)) == 1
+
+
 def test_a_second_turn_reads_only_what_is_new():
     bench = caching()
     prompt = words(150, 1)
