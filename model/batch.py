@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
@@ -89,7 +89,7 @@ class Batch:
         return tuple(x[self.sample_rows] for x in rows)
 
     @classmethod
-    def pack(cls, chunks: list[Chunk], sequences: Sequences) -> Batch:
+    def pack(cls, chunks: Sequence[Chunk], sequences: Sequences) -> Batch:
         """Lay out chunks, which must have those of one token first."""
         lengths = tuple(len(chunk.tokens) for chunk in chunks)
         singles = next((i for i, n in enumerate(lengths) if n > 1), len(lengths))

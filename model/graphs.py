@@ -23,14 +23,14 @@ from kernels.sampling import draw
 from model.batch import Batch
 from model.chunk import Chunk
 from model.families import Family, drawable, forward
+from model.metadata import IN_FLIGHT
 from model.sampling import Wishes
 from model.sequences import Sequences
 from model.store import Store
 
-IN_FLIGHT = 4  # turns of the host's memory: more than steps that are under way at a time
 FIRST = (1, 2, 4, 8, 12, 16)  # batch sizes that the ladder begins with
 APART = 8
-Folded = tuple[torch.Tensor, torch.Tensor]  # what Family.fold gives
+Folded = tuple[torch.Tensor, ...]  # what Family.fold gives
 
 
 def ladder(most: int, first: Sequence[int] = FIRST, apart: int = APART) -> list[int]:
@@ -217,22 +217,23 @@ class DecodeGraphs(Graphs):
 
 class EndGraphs(Graphs):
     """What follows Family.fold of a step, for rows that ask. wishes: those of the slots, which
-    DecodeGraphs know too; like: what fold gives of any step."""
+    DecodeGraphs know too; rows [most, ...]: where what fold gives of them lies."""
 
-    def __init__(
-        self, model: Family, wishes: Wishes, sequences: Sequences, most: int, like: Folded
-    ) -> None:
-        super().__init__(model, wishes, sequences, most)
-        self._rows = tuple(x.new_zeros(most, *x.shape[1:]) for x in like)
+    def __init__(self, model: Family, wishes: Wishes, sequences: Sequences, rows: Folded) -> None:
+        super().__init__(model, wishes, sequences, len(rows[0]))
+        self._rows = rows
 
     def serve(self, count: int) -> bool:
         """Whether so many rows may ask."""
         return count <= self.sizes[-1]
 
-    def replay(self, chunks: Sequence[Chunk], folded: Folded, rows: torch.Tensor) -> Replayed:
-        """Draw for these chunks, whose are these rows [n] int64 of what was folded."""
+    def gather(self, folded: Folded, rows: torch.Tensor) -> None:
+        """Put these rows [n] int64 of what was folded where they are read."""
         for x, kept in zip(folded, self._rows, strict=True):
             torch.index_select(x, 0, rows, out=kept[: len(rows)])
+
+    def replay(self, chunks: Sequence[Chunk]) -> Replayed:
+        """Draw for these chunks, whose rows are the first."""
         return self._replay(chunks, self._size(len(chunks)))
 
     def _terms(self, size: int) -> torch.Tensor:

@@ -7,7 +7,8 @@ over the rows that there are. Rows of padding hold whatever was there, and no ot
 
 A step of few rows takes the device less time than launching attention in every layer takes the
 host. For such steps there is a second chain, of which lightning attention is a part: it reads where
-rows go from memory that is filled before (Metadata), and cuts no sequence.
+rows go from memory that is filled before (Metadata), and cuts no sequence. Its graphs begin by
+taking ids from there, and end by putting rows that ask where the end of a step begins.
 """
 
 from __future__ import annotations
@@ -17,23 +18,21 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
 
-from kernels.packing import ELSEWHERE, PADDING, Packing
 from model.batch import Attention, Batch, Heads, Recorder
 from model.chunk import Chunk
 from model.families import Family
 from model.graphs import Folded, alias, ladder
 from model.lightning import Lightning
+from model.metadata import Metadata
 from model.sequences import Sequences
 from model.store import Store
 
 APART = 16  # rows: sizes are multiples of it
 FEW = 1024  # rows of a step whose lightning attention is part of its graphs, at most
-TAILS = 16  # and its sequences of more than one row
 
 
 @contextmanager
@@ -69,77 +68,25 @@ class Chain:
     folded: Folded
 
 
-class Metadata:
-    """Where the rows of a step go, in memory that stays: of up to `singles` sequences of one row,
-    then of up to TAILS longer ones."""
-
-    def __init__(self, singles: int, device: torch.device) -> None:
-        self._singles = singles
-        words = 2 * TAILS + -(-(singles + 5 * TAILS) // 2)
-        self._memory = torch.zeros(words, dtype=torch.int64, device=device)
-        self._cu_seqlens = torch.zeros(TAILS + 1, dtype=torch.int32, device=device)  # not read
-        self.fill((), 0)
-
-    def _views(self, memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """starts and ends [TAILS] int64, slots of singles and tails, items [TAILS, 4] int32."""
-        words, numbers = memory[: 2 * TAILS], memory[2 * TAILS :].view(torch.int32)
-        slots, rest = numbers[: self._singles], numbers[self._singles :]
-        return *words.view(2, TAILS), slots, rest[:TAILS], rest[TAILS : 5 * TAILS].view(TAILS, 4)
-
-    def serve(self, batch: Batch) -> bool:
-        """Whether a step has not too many sequences."""
-        return len(batch.packing.lengths) - batch.singles <= TAILS
-
-    def fill(self, chunks: Sequence[Chunk], singles: int) -> None:
-        """Say where the rows of chunks go, of which the first have one row each, by one copy."""
-        device = self._memory.device
-        host = torch.zeros(self._memory.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
-        starts, ends, slots, tail_slots, items = (x.numpy() for x in self._views(host))
-        slots[singles:], tail_slots[:], items[:, 2] = PADDING, PADDING, range(TAILS)
-        if singles:
-            slots[:singles] = [chunk.slot for chunk in chunks[:singles]]
-        tail = chunks[singles:]
-        if tail:
-            n = len(tail)
-            tail_slots[:n] = [chunk.slot for chunk in tail]
-            starts[:n] = [chunk.start for chunk in tail]
-            lengths = [len(chunk.tokens) for chunk in tail]
-            ends[:n] = starts[:n] + lengths
-            slots[singles : singles + sum(lengths)] = ELSEWHERE
-            rows = accumulate(lengths[:-1], initial=singles)
-            cut = [
-                (row, length, i, 1)
-                for i, (row, length) in enumerate(zip(rows, lengths, strict=True))
-            ]
-            items[:n] = sorted(cut, key=lambda item: -item[1])
-        self._memory.copy_(host, non_blocking=True)
-
-    def of(self, batch: Batch) -> Batch:
-        """A step of as many rows, as lightning attention is to read it: rows that are not the only
-        ones of their sequence are nobody's among those that are."""
-        starts, ends, slots, tail_slots, items = self._views(self._memory)
-        singles = min(len(batch.ids), self._singles)
-        return replace(
-            batch,
-            singles=singles,
-            packing=Packing((), self._cu_seqlens, slots[:singles], batch.positions[:singles]),
-            tail=Packing((), self._cu_seqlens, tail_slots, starts, items=items),
-            ends=ends,
-            tail_row=0,
-        )
-
-
 class PiecewiseGraphs:
-    """The chains of one model with its store, for steps of up to `most` rows."""
+    """The chains of one model with its store, for steps of up to `most` rows.
 
-    def __init__(self, model: Family, store: Store, sequences: Sequences, most: int) -> None:
+    asked: where those of few rows leave what fold gives of rows that ask, up to `asking` of them.
+    """
+
+    def __init__(
+        self, model: Family, store: Store, sequences: Sequences, most: int, asking: int
+    ) -> None:
         self.sizes = ladder(most, (APART,), APART)
+        self.asked: Folded = ()
         self._model = model
         self._store = store
         self._sequences = sequences
         self._ids = torch.zeros(most, dtype=torch.int64, device=store.device)
         self._positions = torch.zeros(most, dtype=torch.int64, device=store.device)
-        self._metadata = Metadata(store.slots.count, store.device)
+        rows = max(size for size in self.sizes if size <= max(FEW, self.sizes[0]))
+        self._metadata = Metadata(rows, store.slots.count, asking, sequences)
+        self._asking = asking
         self._chains: dict[int, Chain] = {}
         self._short: dict[int, Chain] = {}  # of few rows, with lightning attention inside
 
@@ -147,23 +94,37 @@ class PiecewiseGraphs:
     def capture(self) -> None:
         """Run each size once, which compiles, then record it; the largest first, whose memory the
         others use too."""
-        for size in self.sizes:
-            self._model.fold(self._padded(size, size <= FEW, _pass_over), self._store)
+        self.prepare()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         pool = torch.cuda.graph_pool_handle()
         with _no_collection(), torch.cuda.stream(torch.cuda.Stream(self._store.device)):
             for size in reversed(self.sizes):
-                self._record(size, pool)
+                self.record(size, pool)
         torch.cuda.synchronize()
 
-    def _padded(self, size: int, short: bool, pause: Recorder) -> Batch:
-        """A step of so many rows, of nobody. pause: instead of attention that is no part of it."""
-        anyone = Batch.pack([Chunk(tokens=[0, 0], start=0, slot=0)], self._sequences)
-        batch = replace(anyone, ids=self._ids[:size], positions=self._positions[:size])
+    def prepare(self) -> None:
+        """Run each size once."""
+        for size in self.sizes:
+            folded = self._fold(size, size <= FEW, _pass_over)
+            if not self.asked:
+                self.asked = tuple(x.new_zeros(self._asking, *x.shape[1:]) for x in folded)
+
+    def record(self, size: int, pool: Any) -> None:
+        """The chains of one size."""
+        self._chains[size] = self._chain(size, False, pool)
+        if size <= FEW:
+            self._short[size] = self._chain(size, True, pool)
+
+    def _fold(self, size: int, short: bool, pause: Recorder) -> Folded:
+        """Family.fold of a step of so many rows, and what is around it. pause: instead of attention
+        that is no part of it."""
+        batch = Batch.pack([Chunk(tokens=[0, 0], start=0, slot=0)], self._sequences)  # of nobody
         if not short:
-            return replace(batch, recorder=pause)
-        placed = self._metadata.of(batch)
+            batch = replace(batch, ids=self._ids[:size], positions=self._positions[:size])
+            return self._model.fold(replace(batch, recorder=pause), self._store)
+        ids, positions = self._metadata.take(size)
+        placed = self._metadata.of(replace(batch, ids=ids, positions=positions))
 
         def record(attention: Attention, heads: Heads) -> None:
             if isinstance(attention, Lightning):
@@ -171,13 +132,10 @@ class PiecewiseGraphs:
             else:
                 pause(attention, heads)
 
-        return replace(placed, recorder=record)
-
-    def _record(self, size: int, pool: Any) -> None:
-        """The chains of one size."""
-        self._chains[size] = self._chain(size, False, pool)
-        if size <= FEW:
-            self._short[size] = self._chain(size, True, pool)
+        folded = self._model.fold(replace(placed, recorder=record), self._store)
+        for x, out in zip(folded, self.asked, strict=True) if self.asked else ():
+            self._metadata.gather(x, out)
+        return folded
 
     def _chain(self, size: int, short: bool, pool: Any) -> Chain:
         pieces: list[Piece] = []
@@ -190,35 +148,48 @@ class PiecewiseGraphs:
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(pool=pool)
 
-        batch = self._padded(size, short, pause)
         graph.capture_begin(pool=pool)
-        x, mixed = self._model.fold(batch, self._store)
+        x, mixed = self._fold(size, short, pause)
         graph.capture_end()
         return Chain(pieces, graph, (alias(x), alias(mixed)))
 
-    @property
-    def gives(self) -> Folded:
-        """What fold gives of one row."""
-        x, mixed = self._chains[self.sizes[0]].folded
-        return x[:1], mixed[:1]
+    def short(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether a step is one that fold_few() serves."""
+        rows = sum([len(chunk.tokens) for chunk in chunks])
+        return self._size(rows) in self._short and self._metadata.serve(chunks)
+
+    def fold_few(self, chunks: Sequence[Chunk]) -> None:
+        """Family.fold of a short step of these chunks, those of one token first: what it gives of
+        those that ask is in `asked` until the next step."""
+        T = sum([len(chunk.tokens) for chunk in chunks])
+        size = self._size(T)
+        chain = self._short[size]
+        self._metadata.say(chunks, size)
+        batch = Batch.pack(chunks, self._sequences) if chain.pieces else None
+        self._replay(chain, T, batch)
 
     def serve(self, batch: Batch) -> bool:
         """Whether a step is one of theirs."""
         return len(batch.ids) <= self.sizes[-1]
 
-    def fold(self, batch: Batch, chunks: Sequence[Chunk]) -> Folded:
-        """Family.fold of a step of these chunks; what it gives is theirs until the next step."""
+    def fold(self, batch: Batch) -> Folded:
+        """Family.fold of a step; what it gives is its until the next one."""
         T = len(batch.ids)
-        size = self.sizes[bisect_left(self.sizes, T)]
         self._ids[:T].copy_(batch.ids)
         self._positions[:T].copy_(batch.positions)
-        chain = self._chains[size]
-        if size in self._short and self._metadata.serve(batch):
-            chain = self._short[size]
-            self._metadata.fill(chunks, batch.singles)
+        chain = self._chains[self._size(T)]
+        self._replay(chain, T, batch)
+        x, mixed = chain.folded
+        return x[:T], mixed[:T]
+
+    def _size(self, rows: int) -> int:
+        """The next size up; 0: there is none."""
+        at = bisect_left(self.sizes, rows)
+        return self.sizes[at] if at < len(self.sizes) else 0
+
+    def _replay(self, chain: Chain, T: int, batch: Batch | None) -> None:
         for p in chain.pieces:
+            assert batch is not None
             p.graph.replay()
             p.attention(p.heads[:T], batch, self._store)
         chain.last.replay()
-        x, mixed = chain.folded
-        return x[:T], mixed[:T]

@@ -89,11 +89,7 @@ class ModelRunner:
         Raises OutOfDeviceMemory; the slots of these chunks then hold garbage, others are as before.
         """
         graphs = self.graphs if self.graphs is not None and self.graphs.serve(chunks) else None
-        parts = [(i, part) for i, chunk in enumerate(chunks) for part in chunk.parts]
-        if graphs is None:
-            parts.sort(key=lambda part: len(part[1].tokens) > 1)
-        ordered = [part for _, part in parts]
-        asking = [i for i, part in parts if part.sampling is not None]
+        asking, ordered = self._ordered(chunks, apart=graphs is None)
         try:
             self.sequences.keep(chunks)
             self.seen.record(chunks, self.sequences)
@@ -104,6 +100,17 @@ class ModelRunner:
             self.store.depart()  # what is to leave takes memory until then
             torch.cuda.empty_cache()
             raise OutOfDeviceMemory(str(error).split(".")[0]) from error
+
+    @staticmethod
+    def _ordered(chunks: list[Chunk], *, apart: bool) -> tuple[list[int], list[Chunk]]:
+        """Which chunks ask, in the order in which they are computed, and what is computed: chunks
+        as they are, or apart what has one token and what has more."""
+        parts = list(enumerate(chunks))
+        if apart:
+            parts = [(i, part) for i, chunk in parts for part in chunk.parts]
+            parts.sort(key=lambda part: len(part[1].tokens) > 1)
+        asking = [i for i, part in parts if part.sampling is not None]
+        return asking, [part for _, part in parts]
 
     def collect(self, launched: Launched) -> list[Sampled | None]:
         """The tokens of a step, in the order of its chunks, once they are there."""
@@ -127,19 +134,22 @@ class ModelRunner:
 
     def _run(self, chunks: list[Chunk]) -> torch.Tensor | None:
         """Any step, by graphs as far as they go. What it draws is for those that ask."""
+        asking = [chunk for chunk in chunks if chunk.sampling is not None]
+        pieces, ends = self.pieces, self.ends
+        if pieces is not None and ends is not None and pieces.short(chunks):
+            pieces.fold_few(chunks)
+            return self._draw(ends, ends.replay(asking), asking) if asking else None
         batch = Batch.pack(chunks, self.sequences)
-        if self.pieces is not None and self.pieces.serve(batch):
-            folded = self.pieces.fold(batch, chunks)
+        if pieces is not None and pieces.serve(batch):
+            folded = pieces.fold(batch)
         else:
             folded = self.model.fold(batch, self.store)
-        asking = [chunk for chunk in chunks if chunk.sampling is not None]
         if not asking:
             return None
-        if self.ends is not None and self.ends.serve(len(asking)):
+        if ends is not None and ends.serve(len(asking)):
             assert batch.sample_rows is not None
-            return self._draw(
-                self.ends, self.ends.replay(asking, folded, batch.sample_rows), asking
-            )
+            ends.gather(folded, batch.sample_rows)
+            return self._draw(ends, ends.replay(asking), asking)
         terms = self.model.finish(*batch.sampled(*folded))
         return self._sample(drawable(self.model, terms), asking)
 
@@ -382,11 +392,10 @@ def load_runner(
             most, pool = min(slots, CAPTURED), torch.cuda.graph_pool_handle()
             runner.graphs = DecodeGraphs(model, store, runner.sequences, most)
             runner.graphs.capture(pool)
-            runner.pieces = PiecewiseGraphs(model, store, runner.sequences, step_tokens)
+            runner.pieces = PiecewiseGraphs(model, store, runner.sequences, step_tokens, most)
             runner.pieces.capture()
-            like = runner.pieces.gives
-            wishes = runner.graphs.wishes
-            runner.ends = EndGraphs(model, wishes, runner.sequences, most, like)
+            wishes, asked = runner.graphs.wishes, runner.pieces.asked
+            runner.ends = EndGraphs(model, wishes, runner.sequences, asked)
             runner.ends.capture(pool)
             # again: capturing has emptied the allocator's cache; what is served by graphs from here
             # on was compiled without them by the first time

@@ -87,11 +87,14 @@ def recorded(runner: ModelRunner, most: int, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
     monkeypatch.setattr(pieces, "alias", lambda x: x)
     monkeypatch.setattr(experts, "_looped", experts._masked)  # what is recorded asks for no numbers
-    graphs = PiecewiseGraphs(runner.model, runner.store, runner.sequences, most)
+    of = runner.model, runner.store, runner.sequences
+    graphs = PiecewiseGraphs(*of, most, runner.capacity.slots)
+    with torch.inference_mode():
+        graphs.prepare()
     with monkeypatch.context() as patch, torch.inference_mode():
         patch.setattr(Lightning, "__call__", Recorded.whole(Lightning.__call__))
         for size in reversed(graphs.sizes):
-            graphs._record(size, (0, 0))
+            graphs.record(size, (0, 0))
     return graphs
 
 
@@ -100,7 +103,7 @@ def captured(runner: ModelRunner, most: int, monkeypatch: pytest.MonkeyPatch) ->
     slots, of = runner.capacity.slots, (runner.model, runner.store, runner.sequences)
     chains = recorded(runner, most, monkeypatch)
     graphs = DecodeGraphs(*of, slots)
-    ends = EndGraphs(runner.model, graphs.wishes, runner.sequences, slots, chains.gives)
+    ends = EndGraphs(runner.model, graphs.wishes, runner.sequences, chains.asked)
     monkeypatch.setattr(graphs, "_replay", eager(graphs))
     monkeypatch.setattr(ends, "_replay", eager(ends))
     monkeypatch.setattr(runner, "pieces", chains)

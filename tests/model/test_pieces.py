@@ -9,13 +9,14 @@ import msgspec
 import pytest
 import torch
 
-from model import pieces
+from model import metadata
 from model.batch import Batch
 from model.chunk import Chunk, Sampling
 from model.families import added, forward
 from model.graphs import EndGraphs, ladder
 from model.lightning import Lightning
-from model.pieces import APART, TAILS, PiecewiseGraphs
+from model.metadata import TAILS
+from model.pieces import APART, PiecewiseGraphs
 from model.runner import ModelRunner
 from model.sampling import Wishes
 from tests.model.captured import eager, recorded
@@ -66,9 +67,15 @@ def steps(runner: ModelRunner, graphs: PiecewiseGraphs | None) -> list[torch.Ten
             logits.append(added(forward(runner.model, batch, runner.store)).cpu())
         else:
             assert graphs.serve(batch)
-            folded = graphs.fold(batch, chunks)
-            assert len(folded[0]) == len(batch.ids)
-            logits.append(added(runner.model.finish(*batch.sampled(*folded))).cpu())
+            if graphs.short(chunks):
+                graphs.fold_few(chunks)
+                asking = sum(chunk.sampling is not None for chunk in chunks)
+                folded = tuple(x[:asking] for x in graphs.asked)
+            else:
+                folded = graphs.fold(batch)
+                assert len(folded[0]) == len(batch.ids)
+                folded = batch.sampled(*folded)
+            logits.append(added(runner.model.finish(*folded)).cpu())
     return logits
 
 
@@ -76,7 +83,7 @@ def steps(runner: ModelRunner, graphs: PiecewiseGraphs | None) -> list[torch.Ten
 def tails(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Whether lightning attention is a part of the graphs: with one long sequence at most, all but
     one of the steps that have one are recorded around it."""
-    monkeypatch.setattr(pieces, "TAILS", request.param)
+    monkeypatch.setattr(metadata, "TAILS", request.param)
     return int(request.param)
 
 
@@ -96,6 +103,7 @@ def test_what_pieces_record_folds_what_whole_steps_fold(
     monkeypatch.setattr(Lightning, "__call__", attended)
     runner.store.slots.poison()
     graphs._ids.fill_(3)  # rows of padding hold anything
+    graphs._metadata._said.fill_(7)
     for got, want in zip(steps(runner, graphs), expected, strict=True):
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
     assert not any(seen) and bool(seen) == (tails == 1), "what is launched between is of the step"
@@ -104,7 +112,8 @@ def test_what_pieces_record_folds_what_whole_steps_fold(
 @pytest.mark.skipif(not CUDA, reason="CUDA graphs")
 def test_pieces_fold_what_whole_steps_fold(runner: ModelRunner, tails: int) -> None:
     expected = steps(runner, None)
-    graphs = PiecewiseGraphs(runner.model, runner.store, runner.sequences, MOST)
+    of = runner.model, runner.store, runner.sequences
+    graphs = PiecewiseGraphs(*of, MOST, runner.capacity.slots)
     graphs.capture()
     runner.store.slots.poison()
     free = [slot for slot in range(runner.capacity.slots) if slot not in (1, 2, 4)]
@@ -143,7 +152,8 @@ def test_the_end_of_a_step_draws_what_it_draws_at_once(
                 runner.sequences.keep(chunks)
                 like = runner.model.fold(Batch.pack(chunks, runner.sequences), runner.store)
             wishes = Wishes(runner.capacity.slots)
-            ends = EndGraphs(runner.model, wishes, runner.sequences, 4, like)
+            rows = tuple(x.new_zeros(4, *x.shape[1:]) for x in like)
+            ends = EndGraphs(runner.model, wishes, runner.sequences, rows)
             if CUDA:
                 ends.capture(torch.cuda.graph_pool_handle())
             else:
