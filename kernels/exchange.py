@@ -1,7 +1,8 @@
 """What the host says of a step and what the step says to the host, by kernels that reach into its
-pinned memory: beside the few bytes a copy engine takes long to begin, and a copy to the host would
-wait there for every state that leaves.
+pinned memory: beside the few bytes a copy engine takes long to begin, and copies wait there for
+every state that leaves.
 
+    fetch: memory is that of this turn, and the turn is over for who fetches next
     take: words and numbers are those of this turn, id_n is latest[slot_n + 1] where it is below 0,
           and the turn is over for who takes next
     tell: told[turn that was taken] = ids, latest[slot_n + 1] = max(id_n, 0)
@@ -19,6 +20,29 @@ import torch
 from kernels.language import early, jit, next_power_of_2, start_early, tl
 
 BLOCK = 512  # words that a program sends
+AT_ONCE = 4096  # words that a program fetches before it waits for any
+
+
+@jit
+def _fetch_kernel(
+    said_ptr,
+    turn_ptr,
+    memory_ptr,
+    TURNS: tl.constexpr,
+    WORDS: tl.constexpr,
+    EARLY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """All words in one program, which alone changes the turn."""
+    start_early(EARLY)
+    turn = tl.load(turn_ptr)
+    p_said = said_ptr + turn % TURNS * WORDS
+    for first in tl.static_range(0, WORDS, BLOCK):
+        o_n = first + tl.arange(0, BLOCK)
+        b_word = tl.load(p_said + o_n, mask=o_n < WORDS, other=0, cache_modifier=".cv")
+        tl.store(memory_ptr + o_n, b_word, mask=o_n < WORDS)
+    tl.debug_barrier()  # the turn is known to every thread
+    tl.store(turn_ptr, turn + 1)
 
 
 @jit(do_not_specialize=["N"])
@@ -87,6 +111,20 @@ def _send_kernel(x_ptr, host_ptr, N, EARLY: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(host_ptr + o_n, tl.load(x_ptr + o_n, mask=o_n < N), mask=o_n < N)
 
 
+def _triton_fetch(said: torch.Tensor, turn: torch.Tensor, memory: torch.Tensor) -> None:
+    TURNS, WORDS = said.shape
+    _fetch_kernel[(1,)](
+        said,
+        turn,
+        memory,
+        TURNS=TURNS,
+        WORDS=WORDS,
+        BLOCK=min(next_power_of_2(WORDS), AT_ONCE),
+        num_warps=8,
+        **early(memory.device),
+    )
+
+
 def _triton_take(
     said_words: torch.Tensor,
     said_numbers: torch.Tensor,
@@ -141,6 +179,11 @@ def _triton_send(x: torch.Tensor, host: torch.Tensor) -> None:
     _send_kernel[(-(-N // BLOCK),)](x, host, N, BLOCK=BLOCK, num_warps=4, **early(x.device))
 
 
+def _torch_fetch(said: torch.Tensor, turn: torch.Tensor, memory: torch.Tensor) -> None:
+    torch.index_select(said, 0, turn % len(said), out=memory[None])
+    turn += 1
+
+
 def _torch_take(
     said_words: torch.Tensor,
     said_numbers: torch.Tensor,
@@ -170,6 +213,20 @@ def _torch_tell(
 
 def _torch_send(x: torch.Tensor, host: torch.Tensor) -> None:
     host.copy_(x)
+
+
+def fetch(said: torch.Tensor, turn: torch.Tensor, memory: torch.Tensor) -> None:
+    """memory [W] int64 becomes what the host said for this turn: said [turns, W], the host's,
+    pinned beside a GPU; turn [1] int64."""
+    assert (
+        said.ndim == 2
+        and memory.shape == said.shape[1:]
+        and turn.shape == (1,)
+        and said.numel() > 0
+    )
+    assert said.dtype == turn.dtype == memory.dtype == torch.int64
+    assert said.is_contiguous() and memory.is_contiguous() and not said.is_cuda
+    (_triton_fetch if memory.is_cuda else _torch_fetch)(said, turn, memory)
 
 
 def take(

@@ -1,6 +1,6 @@
 """Metadata: what a step of few rows is about, in device memory that stays, so that graphs read it.
 
-It is written on the host, a turn's after another's, and brought to the device by one copy.
+It is written on the host, a turn's after another's, and fetched by the graph that begins the step.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from kernels import exchange
 from kernels.packing import ELSEWHERE, PADDING, Packing
 from model.batch import Batch
 from model.chunk import Chunk
@@ -50,11 +51,11 @@ class Metadata:
         self._memory = torch.zeros(words, dtype=torch.int64, device=device)
         pinned = device.type == "cuda"
         self._said = torch.zeros(IN_FLIGHT, words, dtype=torch.int64, pin_memory=pinned)
+        self._turn = torch.zeros(1, dtype=torch.int64, device=device)
         self._turns = 0
         self._hosts = [[x.numpy() for x in self._views(said)] for said in self._said]
         self._device = self._views(self._memory)
         self._cu_seqlens = torch.zeros(TAILS + 1, dtype=torch.int32, device=device)  # not read
-        self.say((), rows)
 
     def _views(self, memory: torch.Tensor) -> Views:
         wide = sum(self._wide)
@@ -64,13 +65,15 @@ class Metadata:
 
     def serve(self, chunks: Sequence[Chunk]) -> bool:
         """Whether a step has not too many sequences."""
-        tails = sum(len(chunk.tokens) > 1 for chunk in chunks)
-        _, _, asking, singles, most, _ = self._wide
-        return tails <= most and len(chunks) <= asking and len(chunks) - tails <= singles
+        _, _, most_asking, most_singles, most_tails, _ = self._wide
+        asking = sum([chunk.sampling is not None for chunk in chunks])
+        tails = sum([len(chunk.tokens) > 1 for chunk in chunks])
+        singles = len(chunks) - tails
+        return asking <= most_asking and singles <= most_singles and tails <= most_tails
 
     def say(self, chunks: Sequence[Chunk], size: int) -> None:
-        """Chunks, those of one token first, and padding up to `size` rows: what the next graph is
-        about."""
+        """Chunks, those of one token first, and padding up to `size` rows: what the step is about
+        that is launched next."""
         turn = self._turns % IN_FLIGHT
         views = self._hosts[turn]
         ids, positions, asking, remembered, starts, ends, slots, tail_slots, items = views
@@ -104,10 +107,11 @@ class Metadata:
         positions[row:size] = 0
         asking[: len(asks)], asking[len(asks) :] = asks, 0
         self._turns += 1
-        self._memory.copy_(self._said[turn], non_blocking=True)
 
     def take(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """On the device: ids and positions [size] int64, the ids as the slots drew them last."""
+        """On the device: what was said of this step. Its ids and positions [size] int64, the ids as
+        the slots drew them last."""
+        exchange.fetch(self._said, self._turn, self._memory)
         views, n = self._device, min(size, len(self._device.slots))
         ids = views.ids[:size]
         ids[:n] = self._sequences.ids(ids[:n], views.remembered[:n])

@@ -7,8 +7,8 @@ over the rows that there are. Rows of padding hold whatever was there, and no ot
 
 A step of few rows takes the device less time than launching attention in every layer takes the
 host. For such steps there is a second chain, of which lightning attention is a part: it reads where
-rows go from memory that is filled before (Metadata), and cuts no sequence. Its graphs begin by
-taking ids from there, and end by putting rows that ask where the end of a step begins.
+rows go from memory that is filled before (Metadata), and cuts no sequence. It begins by
+fetching that from the host, and ends by putting rows that ask where the end of a step begins.
 """
 
 from __future__ import annotations
@@ -106,6 +106,8 @@ class PiecewiseGraphs:
     def prepare(self) -> None:
         """Run each size once."""
         for size in self.sizes:
+            if size <= FEW:
+                self._metadata.say((), size)
             folded = self._fold(size, size <= FEW, _pass_over)
             if not self.asked:
                 self.asked = tuple(x.new_zeros(self._asking, *x.shape[1:]) for x in folded)
@@ -164,8 +166,8 @@ class PiecewiseGraphs:
         T = sum([len(chunk.tokens) for chunk in chunks])
         size = self._size(T)
         chain = self._short[size]
-        self._metadata.say(chunks, size)
         batch = Batch.pack(chunks, self._sequences) if chain.pieces else None
+        self._metadata.say(chunks, size)  # of a step that is launched now, whatever fails later
         self._replay(chain, T, batch)
 
     def serve(self, batch: Batch) -> bool:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.exchange import send, take, tell
+from kernels.exchange import fetch, send, take, tell
 
 TURNS, MOST, SLOTS = 3, 70, 90
 
@@ -28,6 +28,18 @@ def memory(device):
     turn = torch.zeros(1, dtype=torch.int64, device=device)
     words = torch.full((3, MOST), -7, device=device)
     return latest, turn, words, torch.full((2, MOST), -7, dtype=torch.int32, device=device)
+
+
+@pytest.mark.parametrize("words", [1, 63, 781, 5000])
+def test_a_step_fetches_what_is_said_of_its_turn(device, words):
+    said = pinned(torch.randint(-(1 << 62), 1 << 62, (TURNS, words)))
+    memory = torch.full((words + 9,), -7, device=device)
+    turn = torch.zeros(1, dtype=torch.int64, device=device)
+    for step in range(2 * TURNS + 1):
+        fetch(said, turn, memory[:words])
+        assert turn.item() == step + 1
+        assert torch.equal(memory[:words].cpu(), said[step % TURNS])
+    assert (memory[words:] == -7).all()
 
 
 @pytest.mark.parametrize("N", [1, 63, 70])

@@ -125,6 +125,20 @@ def test_pieces_fold_what_whole_steps_fold(runner: ModelRunner, tails: int) -> N
             assert field[free].isnan().all()
 
 
+def test_a_step_of_every_slot_is_short(runner: ModelRunner) -> None:
+    """That a last token is apart makes no sequence more."""
+    slots = runner.capacity.slots
+    graphs = PiecewiseGraphs(runner.model, runner.store, runner.sequences, MOST, slots)
+    graphs._short = dict.fromkeys(graphs.sizes)  # type: ignore[arg-type]
+    chunks = [Sequence(runner, prompt(40), slot).chunk(1) for slot in range(slots - 1)]
+    last = Sequence(runner, prompt(40), slots - 1).chunk(40)
+    last.apart = True
+    assert graphs.short([*chunks, *reversed(last.parts)])
+    assert not graphs.short([*chunks, *chunks, *reversed(last.parts)])
+    last.tokens = [0] * MOST
+    assert not graphs.short([*chunks, *reversed(last.parts)])
+
+
 KINDS_OF_ROWS = {
     "plain": Sampling(temperature=0.8, seed=5),
     "filtered": Sampling(temperature=0.8, seed=5, top_k=3),
