@@ -30,7 +30,7 @@ from model.store import Store
 
 FIRST = (1, 2, 4, 8, 12, 16)  # batch sizes that the ladder begins with
 APART = 8
-Folded = tuple[torch.Tensor, ...]  # what Family.fold gives
+Folded = Sequence[torch.Tensor]  # what Family.fold gives
 
 
 def ladder(most: int, first: Sequence[int] = FIRST, apart: int = APART) -> list[int]:
@@ -227,8 +227,9 @@ class EndGraphs(Graphs):
         """Whether so many rows may ask."""
         return count <= self.sizes[-1]
 
-    def gather(self, folded: Folded, rows: torch.Tensor) -> None:
+    def gather(self, folded: Folded, rows: torch.Tensor | None) -> None:
         """Put these rows [n] int64 of what was folded where they are read."""
+        assert rows is not None, "a batch says which of its rows ask"
         for x, kept in zip(folded, self._rows, strict=True):
             torch.index_select(x, 0, rows, out=kept[: len(rows)])
 

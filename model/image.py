@@ -78,9 +78,10 @@ def _cleared(
     if field.axis is None:
         return data
     size = field.shape[field.axis]
-    first = max(0, position - size)
-    if field.since is not None:
-        first = max(first, int(rows[field.since].flatten()[0]))
+    if field.since is None:  # a window: the next position takes the place of its first
+        first = max(0, position - size + 1)
+    else:
+        first = max(0, position - size, int(rows[field.since].flatten()[0]))
     used = {at % size for at in range(first, position)}
     unused = [row for row in range(size) if row not in used]
     return data.index_fill(field.axis, torch.tensor(unused, dtype=torch.int64), 0)

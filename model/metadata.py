@@ -23,10 +23,9 @@ TAILS = 16  # sequences of more than one row, at most
 
 
 class Views(NamedTuple):
-    """Parts of one memory. ids, positions [rows], asking [asking], remembered [singles] int64: of
-    each row, the rows that ask, and where the ids lie that sequences of one row drew last;
-    starts, ends [TAILS] int64, slots [singles], tail_slots [TAILS], items [TAILS, 4] int32: see
-    Batch and Packing."""
+    """Parts of one memory. ids, positions [rows] int64; asking, remembered [sequences] int64: the
+    rows that ask, and where the ids lie that sequences of one row drew last; starts, ends [TAILS]
+    int64, slots [sequences], tail_slots [TAILS], items [TAILS, 4] int32: see Batch and Packing."""
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -40,13 +39,13 @@ class Views(NamedTuple):
 
 
 class Metadata:
-    """Of steps of up to `rows` rows, of which `asking` ask: of up to `singles` sequences of one
-    row, then of up to TAILS longer ones."""
+    """Of steps of up to `rows` rows: of up to `most` sequences of one row, then of up to TAILS
+    longer ones. Up to `most` rows ask."""
 
-    def __init__(self, rows: int, singles: int, asking: int, sequences: Sequences) -> None:
+    def __init__(self, rows: int, most: int, sequences: Sequences) -> None:
         device, self._sequences = sequences.device, sequences
-        self._wide = rows, rows, asking, singles, TAILS, TAILS
-        self._narrow = singles, TAILS, 4 * TAILS
+        self._wide = rows, rows, most, most, TAILS, TAILS
+        self._narrow = most, TAILS, 4 * TAILS
         words = sum(self._wide) + -(-sum(self._narrow) // 2)
         self._memory = torch.zeros(words, dtype=torch.int64, device=device)
         pinned = device.type == "cuda"
@@ -64,12 +63,9 @@ class Metadata:
         return Views(*words, *numbers[:2], numbers[2].view(-1, 4))  # type: ignore[call-arg]
 
     def serve(self, chunks: Sequence[Chunk]) -> bool:
-        """Whether a step has not too many sequences."""
-        _, _, most_asking, most_singles, most_tails, _ = self._wide
-        asking = sum([chunk.sampling is not None for chunk in chunks])
-        tails = sum([len(chunk.tokens) > 1 for chunk in chunks])
-        singles = len(chunks) - tails
-        return asking <= most_asking and singles <= most_singles and tails <= most_tails
+        """Whether a step has not too many long sequences; of one row, and that ask, it has no more
+        than there are slots."""
+        return sum([len(chunk.tokens) > 1 for chunk in chunks]) <= len(self._device.tail_slots)
 
     def say(self, chunks: Sequence[Chunk], size: int) -> None:
         """Chunks, those of one token first, and padding up to `size` rows: what the step is about

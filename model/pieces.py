@@ -71,12 +71,10 @@ class Chain:
 class PiecewiseGraphs:
     """The chains of one model with its store, for steps of up to `most` rows.
 
-    asked: where those of few rows leave what fold gives of rows that ask, up to `asking` of them.
+    asked: [slots, ...] where those of few rows leave what fold gives of rows that ask.
     """
 
-    def __init__(
-        self, model: Family, store: Store, sequences: Sequences, most: int, asking: int
-    ) -> None:
+    def __init__(self, model: Family, store: Store, sequences: Sequences, most: int) -> None:
         self.sizes = ladder(most, (APART,), APART)
         self.asked: Folded = ()
         self._model = model
@@ -84,9 +82,9 @@ class PiecewiseGraphs:
         self._sequences = sequences
         self._ids = torch.zeros(most, dtype=torch.int64, device=store.device)
         self._positions = torch.zeros(most, dtype=torch.int64, device=store.device)
-        rows = max(size for size in self.sizes if size <= max(FEW, self.sizes[0]))
-        self._metadata = Metadata(rows, store.slots.count, asking, sequences)
-        self._asking = asking
+        rows = max(size for size in self.sizes if size <= FEW)
+        self._metadata = Metadata(rows, store.slots.count, sequences)
+        self._nobody = Batch.pack([Chunk(tokens=[0, 0], start=0, slot=0)], sequences)
         self._chains: dict[int, Chain] = {}
         self._short: dict[int, Chain] = {}  # of few rows, with lightning attention inside
 
@@ -104,13 +102,16 @@ class PiecewiseGraphs:
         torch.cuda.synchronize()
 
     def prepare(self) -> None:
-        """Run each size once."""
+        """Run each size once, for nobody."""
+        folded = self._fold(self.sizes[0], False, _pass_over)
+        slots = self._store.slots.count
+        self.asked = tuple(x.new_zeros(slots, *x.shape[1:]) for x in folded)
         for size in self.sizes:
             if size <= FEW:
                 self._metadata.say((), size)
-            folded = self._fold(size, size <= FEW, _pass_over)
-            if not self.asked:
-                self.asked = tuple(x.new_zeros(self._asking, *x.shape[1:]) for x in folded)
+            self._fold(size, size <= FEW, _pass_over)
+            if self._store.device.type == "cuda":
+                torch.cuda.synchronize()  # what was said is fetched
 
     def record(self, size: int, pool: Any) -> None:
         """The chains of one size."""
@@ -121,12 +122,12 @@ class PiecewiseGraphs:
     def _fold(self, size: int, short: bool, pause: Recorder) -> Folded:
         """Family.fold of a step of so many rows, and what is around it. pause: instead of attention
         that is no part of it."""
-        batch = Batch.pack([Chunk(tokens=[0, 0], start=0, slot=0)], self._sequences)  # of nobody
         if not short:
-            batch = replace(batch, ids=self._ids[:size], positions=self._positions[:size])
-            return self._model.fold(replace(batch, recorder=pause), self._store)
+            ids, positions = self._ids[:size], self._positions[:size]
+            batch = replace(self._nobody, ids=ids, positions=positions, recorder=pause)
+            return self._model.fold(batch, self._store)
         ids, positions = self._metadata.take(size)
-        placed = self._metadata.of(replace(batch, ids=ids, positions=positions))
+        placed = self._metadata.of(replace(self._nobody, ids=ids, positions=positions))
 
         def record(attention: Attention, heads: Heads) -> None:
             if isinstance(attention, Lightning):
@@ -135,7 +136,7 @@ class PiecewiseGraphs:
                 pause(attention, heads)
 
         folded = self._model.fold(replace(placed, recorder=record), self._store)
-        for x, out in zip(folded, self.asked, strict=True) if self.asked else ():
+        for x, out in zip(folded, self.asked, strict=True):
             self._metadata.gather(x, out)
         return folded
 

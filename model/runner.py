@@ -135,23 +135,24 @@ class ModelRunner:
     def _run(self, chunks: list[Chunk]) -> torch.Tensor | None:
         """Any step, by graphs as far as they go. What it draws is for those that ask."""
         asking = [chunk for chunk in chunks if chunk.sampling is not None]
-        pieces, ends = self.pieces, self.ends
-        if pieces is not None and ends is not None and pieces.short(chunks):
+        pieces, ends, n = self.pieces, self.ends, len(asking)
+        if pieces is not None and pieces.short(chunks):
             pieces.fold_few(chunks)
-            return self._draw(ends, ends.replay(asking), asking) if asking else None
-        batch = Batch.pack(chunks, self.sequences)
-        if pieces is not None and pieces.serve(batch):
-            folded = pieces.fold(batch)
+            batch, folded = None, pieces.asked
         else:
-            folded = self.model.fold(batch, self.store)
+            batch = Batch.pack(chunks, self.sequences)
+            if pieces is not None and pieces.serve(batch):
+                folded = pieces.fold(batch)
+            else:
+                folded = self.model.fold(batch, self.store)
         if not asking:
             return None
-        if ends is not None and ends.serve(len(asking)):
-            assert batch.sample_rows is not None
-            ends.gather(folded, batch.sample_rows)
+        if ends is not None and ends.serve(n):
+            if batch is not None:
+                ends.gather(folded, batch.sample_rows)
             return self._draw(ends, ends.replay(asking), asking)
-        terms = self.model.finish(*batch.sampled(*folded))
-        return self._sample(drawable(self.model, terms), asking)
+        rows = [x[:n] for x in folded] if batch is None else batch.sampled(*folded)
+        return self._sample(drawable(self.model, self.model.finish(*rows)), asking)
 
     def _draw(self, graphs: Graphs, replayed: Replayed, chunks: list[Chunk]) -> torch.Tensor:
         """What a graph has drawn, or what comes of its logits where a chunk asks for more."""
@@ -392,9 +393,9 @@ def load_runner(
             most, pool = min(slots, CAPTURED), torch.cuda.graph_pool_handle()
             runner.graphs = DecodeGraphs(model, store, runner.sequences, most)
             runner.graphs.capture(pool)
-            runner.pieces = PiecewiseGraphs(model, store, runner.sequences, step_tokens, most)
+            runner.pieces = PiecewiseGraphs(model, store, runner.sequences, step_tokens)
             runner.pieces.capture()
-            wishes, asked = runner.graphs.wishes, runner.pieces.asked
+            wishes, asked = runner.graphs.wishes, [x[:most] for x in runner.pieces.asked]
             runner.ends = EndGraphs(model, wishes, runner.sequences, asked)
             runner.ends.capture(pool)
             # again: capturing has emptied the allocator's cache; what is served by graphs from here

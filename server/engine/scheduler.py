@@ -340,8 +340,9 @@ class Scheduler:
     def _passes(self, request: Request, count: int) -> bool:
         """Whether the next `count` tokens are the rest of a prompt whose last one can be taken back
         from its state: that need not pause for the state in front of it."""
-        ends = request.computed + count == request.prompt_length and not request.more
-        return ends and count > 2 and self.rollback > 0
+        if request.reading or request.more or not self.rollback:
+            return False
+        return count > 2 and request.computed + count == request.prompt_length
 
     def _preempt(self, request: Request, reason: str) -> None:
         del self.running[request.id]

@@ -39,6 +39,9 @@ def chunk_of(request: Request, count: int) -> Chunk:
     start, end, known = request.computed, request.computed + count, len(request.tokens)
     request.computed = end
     request.apart = bool(request.wanted) and request.wanted[0] < end
+    assert not request.apart or request.wanted[0] == end - 1, (
+        "a position is passed by more than one"
+    )
     penalised = request.sampling.penalised
     last = end == known + request.drawing and not request.reading
     chunk = Chunk(

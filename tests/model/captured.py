@@ -87,8 +87,7 @@ def recorded(runner: ModelRunner, most: int, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
     monkeypatch.setattr(pieces, "alias", lambda x: x)
     monkeypatch.setattr(experts, "_looped", experts._masked)  # what is recorded asks for no numbers
-    of = runner.model, runner.store, runner.sequences
-    graphs = PiecewiseGraphs(*of, most, runner.capacity.slots)
+    graphs = PiecewiseGraphs(runner.model, runner.store, runner.sequences, most)
     with torch.inference_mode():
         graphs.prepare()
     with monkeypatch.context() as patch, torch.inference_mode():

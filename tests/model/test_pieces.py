@@ -9,17 +9,17 @@ import msgspec
 import pytest
 import torch
 
-from model import metadata
+from model import batch, metadata
 from model.batch import Batch
-from model.chunk import Chunk, Sampling
+from model.chunk import PENDING, Chunk, OutOfDeviceMemory, Sampling
 from model.families import added, forward
 from model.graphs import EndGraphs, ladder
 from model.lightning import Lightning
-from model.metadata import TAILS
+from model.metadata import IN_FLIGHT, TAILS
 from model.pieces import APART, PiecewiseGraphs
 from model.runner import ModelRunner
 from model.sampling import Wishes
-from tests.model.captured import eager, recorded
+from tests.model.captured import Recorded, captured, eager, recorded
 from tests.model.checkpoints import KINDS
 from tests.model.harness import GREEDY, Sequence, load, prompt
 
@@ -62,19 +62,19 @@ def steps(runner: ModelRunner, graphs: PiecewiseGraphs | None) -> list[torch.Ten
             chunks += chunk.parts
         chunks.sort(key=lambda chunk: len(chunk.tokens) > 1)
         runner.sequences.keep(chunks)
-        batch = Batch.pack(chunks, runner.sequences)
+        packed = Batch.pack(chunks, runner.sequences)
         if graphs is None:
-            logits.append(added(forward(runner.model, batch, runner.store)).cpu())
+            logits.append(added(forward(runner.model, packed, runner.store)).cpu())
         else:
-            assert graphs.serve(batch)
+            assert graphs.serve(packed)
             if graphs.short(chunks):
                 graphs.fold_few(chunks)
                 asking = sum(chunk.sampling is not None for chunk in chunks)
                 folded = tuple(x[:asking] for x in graphs.asked)
             else:
-                folded = graphs.fold(batch)
-                assert len(folded[0]) == len(batch.ids)
-                folded = batch.sampled(*folded)
+                whole = graphs.fold(packed)
+                assert len(whole[0]) == len(packed.ids)
+                folded = packed.sampled(*whole)
             logits.append(added(runner.model.finish(*folded)).cpu())
     return logits
 
@@ -112,8 +112,7 @@ def test_what_pieces_record_folds_what_whole_steps_fold(
 @pytest.mark.skipif(not CUDA, reason="CUDA graphs")
 def test_pieces_fold_what_whole_steps_fold(runner: ModelRunner, tails: int) -> None:
     expected = steps(runner, None)
-    of = runner.model, runner.store, runner.sequences
-    graphs = PiecewiseGraphs(*of, MOST, runner.capacity.slots)
+    graphs = PiecewiseGraphs(runner.model, runner.store, runner.sequences, MOST)
     graphs.capture()
     runner.store.slots.poison()
     free = [slot for slot in range(runner.capacity.slots) if slot not in (1, 2, 4)]
@@ -125,18 +124,75 @@ def test_pieces_fold_what_whole_steps_fold(runner: ModelRunner, tails: int) -> N
             assert field[free].isnan().all()
 
 
-def test_a_step_of_every_slot_is_short(runner: ModelRunner) -> None:
-    """That a last token is apart makes no sequence more."""
+def drawn_by(runner: ModelRunner, *, known: bool, lost: int | None = None) -> list[int]:
+    """Ids of steps of a prompt, its last token apart, beside every other slot, which goes on from
+    what it drew last, whether the host knows that or not. lost: a step that runs out of memory."""
     slots = runner.capacity.slots
-    graphs = PiecewiseGraphs(runner.model, runner.store, runner.sequences, MOST, slots)
-    graphs._short = dict.fromkeys(graphs.sizes)  # type: ignore[arg-type]
-    chunks = [Sequence(runner, prompt(40), slot).chunk(1) for slot in range(slots - 1)]
-    last = Sequence(runner, prompt(40), slots - 1).chunk(40)
-    last.apart = True
-    assert graphs.short([*chunks, *reversed(last.parts)])
-    assert not graphs.short([*chunks, *chunks, *reversed(last.parts)])
-    last.tokens = [0] * MOST
-    assert not graphs.short([*chunks, *reversed(last.parts)])
+    sequences = [Sequence(runner, prompt(20, i), slot=i) for i in range(slots)]
+    *others, last = sequences
+    drawn = runner.step([sequence.chunk(5) for sequence in others])
+    ids = []
+    for turn in range(IN_FLIGHT + 2):
+        tokens = [s.token for s in drawn if s is not None]
+        chunks = []
+        for sequence, token in zip(others, tokens, strict=False):
+            sequence.ids[sequence.done] = token if known else PENDING
+            chunks.append(sequence.chunk(1))
+        last.done = 0
+        chunks.append(last.chunk(9 + turn))
+        chunks[-1].apart = True
+        if turn == lost:
+            with pytest.raises(OutOfDeviceMemory):
+                runner.step(chunks)
+            break
+        drawn = runner.step(chunks)
+        ids += [s.token for s in drawn if s is not None]
+    return ids
+
+
+def test_a_short_step_goes_on_from_ids_that_the_host_does_not_know(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In more steps than are under way at a time, and after one that was lost behind its graphs.
+    Every slot has a part in them: that a last token is apart makes no sequence more."""
+    if not CUDA:
+        captured(runner, MOST, monkeypatch)
+    graphs = runner.pieces
+    assert graphs is not None
+    with monkeypatch.context() as patch:
+        for name in ("pieces", "graphs", "ends"):
+            patch.setattr(runner, name, None)
+        want = drawn_by(runner, known=True)
+    monkeypatch.setattr(graphs, "fold", None)  # all steps are short
+    assert drawn_by(runner, known=False) == want
+    with monkeypatch.context() as patch:
+        fold, calls = graphs.fold_few, []
+
+        def lost(chunks: list[Chunk]) -> None:
+            fold(chunks)
+            calls.append(chunks)
+            if len(calls) == 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        patch.setattr(graphs, "fold_few", lost)
+        got = drawn_by(runner, known=False, lost=2)
+        assert got == want[: len(got)] and len(calls) == 4
+    assert drawn_by(runner, known=False) == want
+
+
+@pytest.mark.skipif(CUDA, reason="what is recorded there cannot be watched")
+def test_nothing_is_brought_to_the_device_by_what_is_recorded(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transfer, during = batch._transfer, []
+
+    def watched(*args: Any) -> Any:
+        during.append(Recorded.current is not None)
+        return transfer(*args)
+
+    monkeypatch.setattr(batch, "_transfer", watched)
+    recorded(runner, MOST, monkeypatch)
+    assert during == [False]
 
 
 KINDS_OF_ROWS = {

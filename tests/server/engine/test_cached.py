@@ -231,3 +231,18 @@ def test_an_image_tells_nothing_of_who_was_there_before(models: Path) -> None:
         images.append({t.name: bytes(t.data) for t in image.tensors})
     assert images[0] == images[1]
     assert not any(images[0]["ring_keys.0"])  # a prompt leaves nothing in the ring
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_tells_nothing_of_a_token_that_was_taken_back(models: Path, kind: str) -> None:
+    images = []
+    for last in (5, 6):
+        runner = load(models, kind, ring=8, device="auto")
+        blocks = (0, 1) if runner.capacity.blocks else ()
+        tokens = [*range(80), last]
+        runner.step([Chunk(tokens=tokens, start=0, slot=0, blocks=blocks, apart=True)])
+        host, image = Place(key="k", position=80), Image()
+        runner.copy([Copy(Place(slot=0, blocks=blocks, position=80), host, True)])
+        runner.copy([Copy(host, Place(image=image))])
+        images.append({t.name: bytes(t.data) for t in image.tensors})
+    assert images[0] == images[1]

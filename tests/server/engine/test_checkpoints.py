@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from server.engine.positions import LEAST, grid, plan, spacing
-from server.protocol import Generate
+from server.protocol import Generate, Read, pack_tokens
 from tests.server.engine.bench import VOCAB, Bench, alone, counts, generate
 
 
@@ -69,6 +69,18 @@ def test_a_prompt_pauses_where_its_last_token_cannot_be_apart(length, lengths):
     assert [len(chunk.tokens) for [chunk] in bench.runner.steps] == lengths
     assert bench.runner.steps[-1][0].apart == (lengths[-1] > 2)
     assert ask(bench, generate("b", words(length, 1), 1)) == 1
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_context_keeps_its_last_token(overlap):
+    """Also where somebody waits for the state in front of it."""
+    bench = caching(overlap=overlap, rollback=1)
+    prompt = words(300, 1)
+    bench.add(Read(id="r", tokens=pack_tokens(prompt)))
+    bench.step()
+    bench.add(generate("a", prompt, 3))
+    bench.finish()
+    assert bench.outputs["r"][-1].state.count == 300 and cached(bench, "a") == 299
 
 
 def test_a_second_turn_reads_only_what_is_new():
