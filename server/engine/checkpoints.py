@@ -219,6 +219,16 @@ class Checkpoints:
         self.sweep()
         return done
 
+    def make_room(self) -> None:
+        """Where those who run hold most slots and none is free, move a checkpoint to the host:
+        whoever comes next would have to wait for that. Not one with KV blocks, which may be many.
+        """
+        slots, kept = self.tiers.holdings.slots, len(self.tiers.device)
+        if slots.free or 2 * kept >= slots.total or self.capacity.blocks:
+            return
+        if self.tiers.movable:
+            self.evict()
+
     def sweep(self) -> None:
         """Forget those that lie nowhere any more."""
         for checkpoint in self.tiers.lost:

@@ -159,6 +159,8 @@ class Scheduler:
                     self.checkpoints.take(request)
         admitted = self._admit(now)
         packed = self._pack()
+        if packed and not self.waiting and self.checkpoints is not None:
+            self.checkpoints.make_room()
         for turn, request in enumerate(packed, self._turns + 1):
             request.served = turn
         self._turns += len(packed)

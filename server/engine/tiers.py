@@ -156,6 +156,12 @@ class Tiers:
                 return True
         return False
 
+    @property
+    def movable(self) -> bool:
+        """Whether one would leave the device now, and the host has room for it."""
+        one = next((c for c in self.device if c is not self.spared), None)
+        return one is not None and (one.on_host or self.roomy(one.position))
+
     def hold(self, checkpoint: Checkpoint, *, force: bool = False) -> bool:
         """See that it lies on the host, if need be beyond the budget; whether it does."""
         if checkpoint.on_host:

@@ -71,6 +71,26 @@ def test_a_prompt_pauses_where_its_last_token_cannot_be_apart(length, lengths):
     assert ask(bench, generate("b", words(length, 1), 1)) == 1
 
 
+@pytest.mark.parametrize("host_bytes", [1 << 20, 0])
+def test_a_slot_is_free_for_who_comes_next_where_most_are_in_use(host_bytes):
+    """While the others run what one has left goes to the host, if that has room for it."""
+    bench = caching(slots=4, host_bytes=host_bytes, max_step_tokens=500)
+    bench.add(*(generate(f"{n}", words(100, n), 90) for n in range(3)))
+    for _ in range(4):
+        bench.step()  # the prompt's end of one of them takes the fourth slot
+    tiers, slots = bench.scheduler.checkpoints.tiers, bench.scheduler.holdings.slots
+    assert (slots.free, len(tiers.device)) == ((1, 0) if host_bytes else (0, 1))
+    bench.add(generate("late", words(100, 9), 5))
+    bench.step()
+    assert len(bench.scheduler.running) == 4 and not tiers.device
+    while "late" in bench.scheduler.running:
+        bench.step()
+    bench.step()  # what it leaves lies in its slot
+    assert (slots.free, len(tiers.device)) == ((1, 0) if host_bytes else (0, 1))
+    assert len(tiers.host) == (5 if host_bytes else 0)
+    bench.finish()
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_context_keeps_its_last_token(overlap):
     """Also where somebody waits for the state in front of it."""
