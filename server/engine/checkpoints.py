@@ -268,7 +268,7 @@ class Checkpoints:
         assert bool(self._by_key) == bool(self.tree.blocks)
 
     def _wanted(self, request: Request) -> list[int]:
-        """Where the rest of a prompt pauses, as far as it is known, for checkpoints not there."""
+        """Where the rest of a prompt, as far as it is known, leaves checkpoints not there yet."""
         length, more = request.prompt_length, request.more
         marks = plan(
             max(request.expected, length) if more else length, start=request.computed,

@@ -1,4 +1,5 @@
-"""Positions: where the reading of a prompt pauses, so that its state is kept there.
+"""Positions: where the state of a prompt is kept as it is read. Reading pauses there, but not in
+front of a last token that can be taken back.
 
 The end of a prompt is kept one token early, or at the message boundary just before, where the same
 prompt finds it too: the logits of its last token must be computed anew.
@@ -45,7 +46,7 @@ def plan(
     whole: bool = False,
     more: bool = False,
 ) -> list[int]:
-    """Where the reading of a prompt pauses for a checkpoint: its end, boundaries of messages, and
+    """Where a prompt leaves a checkpoint as it is read: at its end, at boundaries of messages, and
     every so many tokens.
 
     All boundaries that are new in a turn are kept; of a long chat that is read at once, those near
