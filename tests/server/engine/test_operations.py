@@ -238,10 +238,10 @@ class World:
 @pytest.mark.parametrize(
     ("kind", "count", "fields"),
     [
-        ("memory", 5000, {"slots": 3, "host_bytes": 5_000}),
+        ("memory", 5000, {"slots": 3, "host_bytes": 5_000, "overlap": True, "rollback": 1}),
         ("memory", 3400, {"slots": 6, "host_bytes": 8_000, "blocks": 400, "block_size": 4}),
         ("disk", 1000, {"slots": 3, "host_bytes": 6_000, "disk_bytes": 200_000}),
-        ("disk", 600, {"slots": 2, "host_bytes": 0, "disk_bytes": 200_000}),
+        ("disk", 600, {"slots": 2, "host_bytes": 0, "disk_bytes": 200_000, "rollback": 1}),
     ],
 )
 def test_ten_thousand_operations(
@@ -257,9 +257,11 @@ def test_ten_thousand_operations(
 class Real(World):
     """On a real model, beside one that caches nothing."""
 
-    def __init__(self, seed: int, directory: Path | None, models: Path, kind: str) -> None:
+    def __init__(
+        self, seed: int, directory: Path | None, models: Path, kind: str, *, ring: int = 0
+    ) -> None:
         self.cold = Engine(load(models, kind), caching=False)
-        self.runner = load(models, kind)
+        self.runner = load(models, kind, ring=ring)
         super().__init__(seed, directory)
 
     def engine(self) -> Bench:
@@ -293,8 +295,10 @@ def test_operations_as_beside_a_gpu(
     kind: str,
     disk: bool,
 ) -> None:
-    """Steps overlap and are graphs, and nobody sees a state on the host that has not got there."""
-    world = Real(8, tmp_path if disk else None, tmp_path_factory.mktemp("models"), kind)
+    """Steps overlap and are graphs, states have rings and are set back by a token, and nobody sees
+    one on the host that has not got there."""
+    models = tmp_path_factory.mktemp("models")
+    world = Real(8, tmp_path if disk else None, models, kind, ring=8)
     captured(world.runner, 512, monkeypatch)
     apart(world.runner.store, 3, monkeypatch)
     monkeypatch.setattr(world.runner, "overlaps", True)
