@@ -79,7 +79,7 @@ class Metadata:
             ids[:n] = [chunk.tokens[0] for chunk in chunks[:n]]
             positions[:n] = [chunk.start for chunk in chunks[:n]]
             slots[:n] = [chunk.slot for chunk in chunks[:n]]
-            remembered[:n] = slots[:n] + Sequences.PADDING
+            remembered[:n] = slots[:n] + Sequences.BEFORE
         remembered[n:] = 0
         tail_slots[:], items[:], items[:, 2] = PADDING, 0, range(TAILS)
         cut = []

@@ -20,11 +20,11 @@ class Sequences:
     tables: [slots, most blocks] int32, the blocks of each slot's sequence in order.
     """
 
-    PADDING = 1  # rows before those of slots
+    BEFORE = 1  # rows before those of slots
 
     def __init__(self, slots: int, most_blocks: int, device: torch.device) -> None:
         self.device = device
-        self.latest = torch.zeros(slots + self.PADDING, dtype=torch.int64, device=device)
+        self.latest = torch.zeros(slots + self.BEFORE, dtype=torch.int64, device=device)
         self.tables = torch.full((slots, most_blocks), -1, dtype=torch.int32, device=device)
         self._known: list[Sequence[int]] = [() for _ in range(slots)]  # blocks that are in tables
 
@@ -61,7 +61,7 @@ class Sequences:
     @staticmethod
     def rows(slots: torch.Tensor) -> torch.Tensor:
         """slots [N] -> where they are remembered, [N] int64."""
-        return slots.long() + Sequences.PADDING
+        return slots.long() + Sequences.BEFORE
 
 
 def _goes_on(chunk: Chunk, known: Sequence[int]) -> bool:
