@@ -13,12 +13,14 @@ from model.families import added, forward
 from model.runner import ModelRunner, load_runner
 
 GREEDY = Sampling(temperature=0.0)
+STEP_TOKENS = 288  # of the longest step here: each size of a step has kernels to be compiled
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load(path: Path, **options: object) -> ModelRunner:
     """A runner for steps of few tokens: it warms up, and records, as many kinds of them."""
-    usual = {"dtype": "float32", "max_running": 8, "state_memory_gb": 0.02, "max_step_tokens": 1024}
+    usual = {"dtype": "float32", "max_running": 8, "state_memory_gb": 0.02}
+    usual["max_step_tokens"] = STEP_TOKENS
     return load_runner(path, device=DEVICE, **usual | options)  # type: ignore[arg-type]
 
 

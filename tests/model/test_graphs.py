@@ -15,6 +15,7 @@ from model.sampling import Wishes, noise_keys
 from model.sequences import Sequences
 from tests.model.captured import eager
 from tests.model.checkpoints import write
+from tests.model.harness import STEP_TOKENS
 from tests.model.test_runner import DENSE
 
 CUDA = torch.cuda.is_available()
@@ -132,7 +133,7 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def load(path: Path, ring: int = 0, host_bytes: int = 0) -> ModelRunner:
     options = {"dtype": "float32", "state_memory_gb": 0.02, "max_running": 6}
-    options["max_step_tokens"] = 1024
+    options["max_step_tokens"] = STEP_TOKENS
     return load_runner(path, ring=ring, host_bytes=host_bytes, **options)  # type: ignore[arg-type]
 
 

@@ -22,7 +22,7 @@ from model.families import added, build
 from model.runner import ModelRunner, load_runner
 from model.weights import QUANTIZATIONS, Parameters, fingerprint, weight_files
 from tests.model.checkpoints import KINDS, LIGHTNING, SOFTMAX, bailing, write
-from tests.model.harness import DEVICE, Sequence, load, logits_of, prompt
+from tests.model.harness import DEVICE, STEP_TOKENS, Sequence, load, logits_of, prompt
 from tests.model.test_weights import NOTHING, STATUS, resident, write_shards
 
 CODES = {name: codes for name, codes in QUANTIZATIONS.items() if codes is not None}
@@ -236,7 +236,7 @@ def test_a_checkpoint_that_is_quantised_already_is_refused(path: Path, method: A
 @pytest.mark.parametrize("quantization", CODES)
 def test_in_bfloat16_with_graphs(path: Path, quantization: str) -> None:
     options: dict[str, Any] = {"device": "cuda", "state_memory_gb": 0.02, "max_running": 8}
-    options["max_step_tokens"] = 1024
+    options["max_step_tokens"] = STEP_TOKENS
     whole, small = (
         load_runner(path, quantization=name, **options) for name in ("none", quantization)
     )
