@@ -160,7 +160,9 @@ class Tiers:
     def movable(self) -> bool:
         """Whether one would leave the device now, and the host has room for it."""
         one = next((c for c in self.device if c is not self.spared), None)
-        return one is not None and (one.on_host or self.roomy(one.position))
+        if one is None or one.on_host:
+            return one is not None
+        return self._leaving(self.bytes_of(one.position)) is not None
 
     def hold(self, checkpoint: Checkpoint, *, force: bool = False) -> bool:
         """See that it lies on the host, if need be beyond the budget; whether it does."""
@@ -239,20 +241,23 @@ class Tiers:
     def _host_room(self, size: int) -> bool:
         """Give up the least recently used until so many bytes fit; False, and nothing given up,
         when they cannot."""
+        leaving = self._leaving(size)
+        for checkpoint in leaving or ():
+            self._give_up(checkpoint)
+        return leaving is not None
+
+    def _leaving(self, size: int) -> list[Checkpoint] | None:
+        """Whom the host would give up for so many bytes; None: it has no room for them."""
         free = self.host_budget - self.host_bytes
-        if free >= size:
-            return True
         leaving: list[Checkpoint] = []
         candidates = self._loose()
         while free < size:
             checkpoint = next(candidates, None)
             if checkpoint is None:
-                return False
+                return None
             leaving.append(checkpoint)
             free += self.bytes_of(checkpoint.position)
-        for checkpoint in leaving:
-            self._give_up(checkpoint)
-        return True
+        return leaving
 
     def _loose(self) -> Iterator[Checkpoint]:
         """Those that the host may give up, least recently used first."""
