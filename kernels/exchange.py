@@ -1,6 +1,6 @@
 """What the host says of a step and what the step says to the host, by kernels that reach into its
-pinned memory: beside the few bytes a copy engine takes long to begin, and copies wait there for
-every state that leaves.
+pinned memory: beside the few bytes a copy engine takes long to begin, and a copy to the host would
+wait there for every state that leaves.
 
     fetch: memory is that of this turn, and the turn is over for who fetches next
     take: words and numbers are those of this turn, id_n is latest[slot_n + 1] where it is below 0,

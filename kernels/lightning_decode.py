@@ -62,7 +62,7 @@ def _lightning_decode_kernel(
     b_s += b_s * expm1(-slope) + b_k[:, None] * b_v
     b_o = tl.sum(b_q[:, None] * b_s, 0) * scale  # [V], zero in a row of padding
     p_o = o_ptr + (i_n * H + i_h) * DV + o_v
-    tl.store(p_o, b_o.to(o_ptr.dtype.element_ty), mask=(o_v < DV) & (slot >= -1))
+    tl.store(p_o, b_o.to(o_ptr.dtype.element_ty), mask=(o_v < DV) & (slot >= -1))  # not ELSEWHERE
     tl.store(p_state, b_s.to(states_ptr.dtype.element_ty), mask=m_state)
 
 

@@ -159,7 +159,7 @@ def _decode_kernel(
     slot = tl.load(slots_ptr + i_n).to(tl.int64)
     start = tl.load(starts_ptr + i_n)
     if slot < 0:
-        if slot == -1:
+        if slot == -1:  # PADDING
             for v in tl.static_range(0, COLUMNS, BLOCK_V):
                 tl.store(p_o + v + o_v, tl.zeros([BLOCK_V], o_ptr.dtype.element_ty))
         return

@@ -1,4 +1,4 @@
-"""Metadata: what a step of few rows is about, in device memory that stays, so that graphs read it.
+"""Metadata: what a short step is about, in device memory that stays, so that graphs read it.
 
 It is written on the host, a turn's after another's, and fetched by the graph that begins the step.
 """

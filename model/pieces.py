@@ -5,9 +5,9 @@ Attention alone asks which rows are of one sequence. So what lies between two at
 replayed for the next number of rows up, and attention is launched between them as the step has it,
 over the rows that there are. Rows of padding hold whatever was there, and no other row sees them.
 
-A step of few rows takes the device less time than launching attention in every layer takes the
-host. For such steps there is a second chain, of which lightning attention is a part: it reads where
-rows go from memory that is filled before (Metadata), and cuts no sequence. It begins by
+A short step, of few rows, takes the device less time than launching attention in every layer takes
+the host. For such steps there is a second chain, of which lightning attention is a part: it reads
+where rows go from memory that is filled before (Metadata), and cuts no sequence. It begins by
 fetching that from the host, and ends by putting rows that ask where the end of a step begins.
 """
 
@@ -32,7 +32,7 @@ from model.sequences import Sequences
 from model.store import Store
 
 APART = 16  # rows: sizes are multiples of it
-FEW = 1024  # rows of a step whose lightning attention is part of its graphs, at most
+SHORT = 1024  # rows of a short step, at most
 
 
 @contextmanager
@@ -71,7 +71,7 @@ class Chain:
 class PiecewiseGraphs:
     """The chains of one model with its store, for steps of up to `most` rows.
 
-    asked: [slots, ...] where those of few rows leave what fold gives of rows that ask.
+    asked: [slots, ...] where short steps leave what fold gives of rows that ask.
     """
 
     def __init__(self, model: Family, store: Store, sequences: Sequences, most: int) -> None:
@@ -82,11 +82,11 @@ class PiecewiseGraphs:
         self._sequences = sequences
         self._ids = torch.zeros(most, dtype=torch.int64, device=store.device)
         self._positions = torch.zeros(most, dtype=torch.int64, device=store.device)
-        rows = max(size for size in self.sizes if size <= FEW)
+        rows = max(size for size in self.sizes if size <= SHORT)
         self._metadata = Metadata(rows, store.slots.count, sequences)
         self._nobody = Batch.pack([Chunk(tokens=[0, 0], start=0, slot=0)], sequences)
         self._chains: dict[int, Chain] = {}
-        self._short: dict[int, Chain] = {}  # of few rows, with lightning attention inside
+        self._short: dict[int, Chain] = {}  # of short steps, with lightning attention inside
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -107,16 +107,16 @@ class PiecewiseGraphs:
         slots = self._store.slots.count
         self.asked = tuple(x.new_zeros(slots, *x.shape[1:]) for x in folded)
         for size in self.sizes:
-            if size <= FEW:
+            if size <= SHORT:
                 self._metadata.say((), size)
-            self._fold(size, size <= FEW, _pass_over)
+            self._fold(size, size <= SHORT, _pass_over)
             if self._store.device.type == "cuda":
                 torch.cuda.synchronize()  # what was said is fetched
 
     def record(self, size: int, pool: Any) -> None:
         """The chains of one size."""
         self._chains[size] = self._chain(size, False, pool)
-        if size <= FEW:
+        if size <= SHORT:
             self._short[size] = self._chain(size, True, pool)
 
     def _fold(self, size: int, short: bool, pause: Recorder) -> Folded:
@@ -157,11 +157,11 @@ class PiecewiseGraphs:
         return Chain(pieces, graph, (alias(x), alias(mixed)))
 
     def short(self, chunks: Sequence[Chunk]) -> bool:
-        """Whether a step is one that fold_few() serves."""
+        """Whether a step is one that fold_short() serves."""
         rows = sum([len(chunk.tokens) for chunk in chunks])
         return self._size(rows) in self._short and self._metadata.serve(chunks)
 
-    def fold_few(self, chunks: Sequence[Chunk]) -> None:
+    def fold_short(self, chunks: Sequence[Chunk]) -> None:
         """Family.fold of a short step of these chunks, those of one token first: what it gives of
         those that ask is in `asked` until the next step."""
         T = sum([len(chunk.tokens) for chunk in chunks])

@@ -89,7 +89,7 @@ class ModelRunner:
         Raises OutOfDeviceMemory; the slots of these chunks then hold garbage, others are as before.
         """
         graphs = self.graphs if self.graphs is not None and self.graphs.serve(chunks) else None
-        asking, ordered = self._ordered(chunks, apart=graphs is None)
+        asking, ordered = self._ordered(chunks, whole=graphs is not None)
         try:
             self.sequences.keep(chunks)
             self.seen.record(chunks, self.sequences)
@@ -102,11 +102,11 @@ class ModelRunner:
             raise OutOfDeviceMemory(str(error).split(".")[0]) from error
 
     @staticmethod
-    def _ordered(chunks: list[Chunk], *, apart: bool) -> tuple[list[int], list[Chunk]]:
+    def _ordered(chunks: list[Chunk], *, whole: bool) -> tuple[list[int], list[Chunk]]:
         """Which chunks ask, in the order in which they are computed, and what is computed: chunks
-        as they are, or apart what has one token and what has more."""
+        as they are, or their parts, those of one token first."""
         parts = list(enumerate(chunks))
-        if apart:
+        if not whole:
             parts = [(i, part) for i, chunk in parts for part in chunk.parts]
             parts.sort(key=lambda part: len(part[1].tokens) > 1)
         asking = [i for i, part in parts if part.sampling is not None]
@@ -137,7 +137,7 @@ class ModelRunner:
         asking = [chunk for chunk in chunks if chunk.sampling is not None]
         pieces, ends, n = self.pieces, self.ends, len(asking)
         if pieces is not None and pieces.short(chunks):
-            pieces.fold_few(chunks)
+            pieces.fold_short(chunks)
             batch, folded = None, pieces.asked
         else:
             batch = Batch.pack(chunks, self.sequences)

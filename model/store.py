@@ -189,7 +189,8 @@ class Store:
                 self.blocks.memory[block].copy_(saved.blocks[at], non_blocking=True)
 
     def _host(self, blocks: int, *, idle: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same for bytes that the device brings; idle: it brings and takes none there."""
+        """Memory as of host(), for whoever comes behind what the device does there; idle: for who
+        does not, once nothing is on its way to or from it."""
         slot = None if blocks else self._rows.take(idle=idle)
         if slot is None:
             slot = self._on_host((self.slots.bytes,), torch.uint8)

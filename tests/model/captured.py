@@ -93,7 +93,7 @@ def recorded(runner: ModelRunner, most: int, monkeypatch: pytest.MonkeyPatch) ->
     with monkeypatch.context() as patch, torch.inference_mode():
         patch.setattr(Lightning, "__call__", Recorded.whole(Lightning.__call__))
         for size in reversed(graphs.sizes):
-            if size <= pieces.FEW:
+            if size <= pieces.SHORT:
                 graphs._metadata.say((), size)  # what is recorded is run as well
             graphs.record(size, (0, 0))
     return graphs

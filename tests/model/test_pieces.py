@@ -68,7 +68,7 @@ def steps(runner: ModelRunner, graphs: PiecewiseGraphs | None) -> list[torch.Ten
         else:
             assert graphs.serve(packed)
             if graphs.short(chunks):
-                graphs.fold_few(chunks)
+                graphs.fold_short(chunks)
                 asking = sum(chunk.sampling is not None for chunk in chunks)
                 folded = tuple(x[:asking] for x in graphs.asked)
             else:
@@ -163,10 +163,13 @@ def test_a_short_step_goes_on_from_ids_that_the_host_does_not_know(
         for name in ("pieces", "graphs", "ends"):
             patch.setattr(runner, name, None)
         want = drawn_by(runner, known=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs, "short", lambda chunks: False)
+        assert drawn_by(runner, known=False) == want
     monkeypatch.setattr(graphs, "fold", None)  # all steps are short
     assert drawn_by(runner, known=False) == want
     with monkeypatch.context() as patch:
-        fold, calls = graphs.fold_few, []
+        fold, calls = graphs.fold_short, []
 
         def lost(chunks: list[Chunk]) -> None:
             fold(chunks)
@@ -174,7 +177,7 @@ def test_a_short_step_goes_on_from_ids_that_the_host_does_not_know(
             if len(calls) == 4:
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
-        patch.setattr(graphs, "fold_few", lost)
+        patch.setattr(graphs, "fold_short", lost)
         got = drawn_by(runner, known=False, lost=2)
         assert got == want[: len(got)] and len(calls) == 4
     assert drawn_by(runner, known=False) == want
