@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,7 @@ def test_a_run_allocates_what_is_planned(
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="what is left of a GPU can be told on one only")
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="others take of the GPU meanwhile")
 @pytest.mark.parametrize("name", ["hybrid", "pure"])
 def test_what_is_left_of_a_gpu(tmp_path: Path, name: str) -> None:
     write(tmp_path, **VARIANTS[name])

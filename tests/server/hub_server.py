@@ -42,7 +42,7 @@ class Hub:
 
     repos: dict[str, Repo] = field(default_factory=dict)
     url: str = ""
-    store: str = ""  # on another port, as the real one is on another host
+    store: str = ""  # under another name of this host, as the real one is on another host
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     cut: int | None = None  # bytes after which the store breaks off its next answer
 
@@ -155,7 +155,8 @@ def serve_hub(**repos: Repo) -> Iterator[Hub]:
             self.wfile.write(data)
 
     servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
-    hub.url, hub.store = (f"http://127.0.0.1:{server.server_address[1]}" for server in servers)
+    ports = [server.server_address[1] for server in servers]
+    hub.url, hub.store = f"http://127.0.0.1:{ports[0]}", f"http://localhost:{ports[1]}"
     threads = [threading.Thread(target=server.serve_forever, args=(0.01,)) for server in servers]
     for thread in threads:
         thread.start()

@@ -159,7 +159,7 @@ def test_the_working_directory_is_not_imported(
     for name in ("queue.py", "server.py", "model.py"):
         (tmp_path / name).write_text("raise SystemExit('not mine')")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     done = subprocess.run(
         [*python(), "-c", f"import {module}, model.chunk, queue"], capture_output=True, text=True
     )
