@@ -13,19 +13,20 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from kernels import exchange
-from kernels.packing import Packing
+from kernels.packing import PADDING, Packing
 from kernels.sampling import draw
 from model.batch import Batch
 from model.chunk import Chunk
 from model.families import Family, drawable, forward
-from model.metadata import IN_FLIGHT
 from model.sampling import Wishes
 from model.sequences import Sequences
+from model.staging import IN_FLIGHT, Staging
 from model.store import Store
 
 FIRST = (1, 2, 4, 8, 12, 16)  # batch sizes that the ladder begins with
@@ -41,62 +42,55 @@ def ladder(most: int, first: Sequence[int] = FIRST, apart: int = APART) -> list[
     return [size for size in sizes if size < most] + [most]
 
 
-class Exchange:
-    """What the host says of each step and hears of it, and what lies on the device meanwhile.
+class Rows(NamedTuple):
+    """What is about each row of a step of n: ids, positions, noise keys [n] int64, slots [n] int32,
+    temperatures [n] float32."""
 
-    A turn is a step: the host says what a step is about before it is launched, reads what the step
-    tells once it is over, and both sides count.
-    """
+    ids: torch.Tensor
+    positions: torch.Tensor
+    keys: torch.Tensor
+    slots: torch.Tensor
+    temperatures: torch.Tensor
+
+
+class Exchange:
+    """What the host says of each step and hears of it."""
 
     def __init__(self, most: int, wishes: Wishes, sequences: Sequences) -> None:
-        device = sequences.device
-        pinned = device.type == "cuda"
         self._wishes = wishes
         self._latest = sequences.latest
-        self._said = (
-            torch.zeros(IN_FLIGHT, 3, most, dtype=torch.int64, pin_memory=pinned),
-            torch.zeros(IN_FLIGHT, 2, most, dtype=torch.int32, pin_memory=pinned),
-        )
+        self._staging = Staging(lambda n: ((n, n, n), (n, n)), most, sequences)
+        pinned = sequences.device.type == "cuda"
         self._told = torch.zeros(IN_FLIGHT, most, dtype=torch.int64, pin_memory=pinned)
-        self._views = [
-            (*words.numpy(), numbers[0].numpy(), numbers[1].view(torch.float32).numpy())
-            for words, numbers in zip(*self._said, strict=True)
-        ]
-        self._words = torch.zeros(3, most, dtype=torch.int64, device=device)
-        self._numbers = torch.zeros(2, most, dtype=torch.int32, device=device)
-        self._turn = torch.zeros(1, dtype=torch.int64, device=device)
-        self._turns = 0
-        self.ids, self.positions, self.keys = self._words
-        self.slots = self._numbers[0]
-        self.temperatures = self._numbers[1].view(torch.float32)
 
     def say(self, chunks: Sequence[Chunk], size: int) -> None:
         """Chunks of one token each, and padding up to `size`: those of the step that is launched
         next."""
         n = len(chunks)
-        ids, positions, keys, slots, temperatures = self._views[self._turns % IN_FLIGHT]
+        ids, positions, keys, slots, bits = self._staging.next(size)
+        temperatures = bits.view(np.float32)
         ids[:n] = [chunk.tokens[0] for chunk in chunks]
         positions[:n] = [chunk.start for chunk in chunks]
         slots[:n] = [chunk.slot for chunk in chunks]
         self._wishes.take(chunks)
         temperatures[:n] = self._wishes.temperatures[slots[:n]]
         keys[:n] = self._wishes.keys(slots[:n], [chunk.generated for chunk in chunks])
-        ids[n:size], positions[n:size], slots[n:size], temperatures[n:size] = 0, 0, -1, 0.0
+        ids[n:], positions[n:], slots[n:], temperatures[n:] = 0, 0, PADDING, 0.0
+        self._staging.said()
 
     def heard(self) -> torch.Tensor:
-        """A step was launched: where on the host its ids [most] int64 will be when it is over, and
-        until IN_FLIGHT more were launched."""
-        self._turns += 1
-        return self._told[(self._turns - 1) % IN_FLIGHT]
+        """Where on the host the ids [most] int64 of the step that was said last will be when it is
+        over, and until IN_FLIGHT more were."""
+        return self._told[(self._staging.turns - 1) % IN_FLIGHT]
 
-    def take(self, size: int) -> None:
+    def take(self, size: int) -> Rows:
         """On the device: what was said of this step."""
-        memory = self._latest, self._turn, self._words, self._numbers
-        exchange.take(*self._said, *memory, size)
+        ids, positions, keys, slots, bits = self._staging.take(size)
+        return Rows(ids, positions, keys, slots, bits.view(torch.float32))
 
-    def tell(self, ids: torch.Tensor) -> None:
+    def tell(self, ids: torch.Tensor, rows: Rows) -> None:
         """On the device: what the rows of this step drew."""
-        exchange.tell(ids, self._numbers, self._latest, self._turn, self._told)
+        exchange.tell(ids, rows.slots, self._latest, self._staging.turn, self._told)
 
 
 class _Address:
@@ -145,8 +139,8 @@ class Graphs(ABC):
         self._captured: dict[int, Captured] = {}
 
     @abstractmethod
-    def _terms(self, size: int) -> torch.Tensor:
-        """Terms of the logits of so many rows, once it is known what they are about."""
+    def _terms(self, rows: Rows) -> torch.Tensor:
+        """Terms of the logits of rows, once it is known what they are about."""
 
     @torch.inference_mode()
     def capture(self, pool: Any) -> None:
@@ -155,7 +149,6 @@ class Graphs(ABC):
         for size in reversed(self.sizes):
             self._exchange.say((), size)
             self._step(size)
-            self._exchange.heard()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
@@ -175,10 +168,9 @@ class Graphs(ABC):
         return self.sizes[bisect_left(self.sizes, n)]
 
     def _step(self, size: int) -> torch.Tensor:
-        e = self._exchange
-        e.take(size)
-        terms = drawable(self._model, self._terms(size))
-        e.tell(draw(terms, e.temperatures[:size], e.keys[:size]))
+        rows = self._exchange.take(size)
+        terms = drawable(self._model, self._terms(rows))
+        self._exchange.tell(draw(terms, rows.temperatures, rows.keys), rows)
         return terms
 
 
@@ -199,14 +191,13 @@ class DecodeGraphs(Graphs):
         """Fold the chunks in."""
         return self._replay(chunks, self._size(len(chunks)))
 
-    def _terms(self, size: int) -> torch.Tensor:
-        e = self._exchange
-        slots, positions = e.slots[:size], e.positions[:size]
+    def _terms(self, rows: Rows) -> torch.Tensor:
+        size, cu_seqlens = len(rows.ids), self._cu_seqlens[: len(rows.ids) + 1]
         batch = Batch(
-            ids=e.ids[:size],
-            positions=positions,
+            ids=rows.ids,
+            positions=rows.positions,
             singles=size,
-            packing=Packing((1,) * size, self._cu_seqlens[: size + 1], slots, positions),
+            packing=Packing((1,) * size, cu_seqlens, rows.slots, rows.positions),
             tail=None,
             ends=None,
             tables=self._sequences.tables,
@@ -237,5 +228,5 @@ class EndGraphs(Graphs):
         """Draw for these chunks, whose rows are the first."""
         return self._replay(chunks, self._size(len(chunks)))
 
-    def _terms(self, size: int) -> torch.Tensor:
-        return self._model.finish(*(x[:size] for x in self._rows))
+    def _terms(self, rows: Rows) -> torch.Tensor:
+        return self._model.finish(*(x[: len(rows.ids)] for x in self._rows))

@@ -1,7 +1,4 @@
-"""Metadata: what a short step is about, in device memory that stays, so that graphs read it.
-
-It is written on the host, a turn's after another's, and fetched by the graph that begins the step.
-"""
+"""Metadata: what a short step is about, in device memory that stays, so that graphs read it."""
 
 from __future__ import annotations
 
@@ -12,25 +9,24 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kernels import exchange
 from kernels.packing import ELSEWHERE, PADDING, Packing
 from model.batch import Batch
 from model.chunk import Chunk
 from model.sequences import Sequences
+from model.staging import Staging
 
-IN_FLIGHT = 4  # turns of the host's memory: more than steps that are under way at a time
 TAILS = 16  # sequences of more than one row, at most
 
 
 class Views(NamedTuple):
-    """Parts of one memory. ids, positions [rows] int64; asking, remembered [sequences] int64: the
-    rows that ask, and where the ids lie that sequences of one row drew last; starts, ends [TAILS]
-    int64, slots [sequences], tail_slots [TAILS], items [TAILS, 4] int32: see Batch and Packing."""
+    """What is about a step of `size` rows, of which `most` at most, the first, are of sequences of
+    one row: ids, positions [size] int64; asking [most] int64, the rows that ask; starts, ends
+    [TAILS] int64, slots [most], tail_slots [TAILS], items [4 * TAILS] int32: see Batch and Packing.
+    """
 
     ids: torch.Tensor
     positions: torch.Tensor
     asking: torch.Tensor
-    remembered: torch.Tensor
     starts: torch.Tensor
     ends: torch.Tensor
     slots: torch.Tensor
@@ -43,45 +39,31 @@ class Metadata:
     longer ones. Up to `most` rows ask."""
 
     def __init__(self, rows: int, most: int, sequences: Sequences) -> None:
-        device, self._sequences = sequences.device, sequences
-        self._wide = rows, rows, most, most, TAILS, TAILS
-        self._narrow = most, TAILS, 4 * TAILS
-        words = sum(self._wide) + -(-sum(self._narrow) // 2)
-        self._memory = torch.zeros(words, dtype=torch.int64, device=device)
-        pinned = device.type == "cuda"
-        self._said = torch.zeros(IN_FLIGHT, words, dtype=torch.int64, pin_memory=pinned)
-        self._turn = torch.zeros(1, dtype=torch.int64, device=device)
-        self._turns = 0
-        self._hosts = [[x.numpy() for x in self._views(said)] for said in self._said]
-        self._device = self._views(self._memory)
-        self._cu_seqlens = torch.zeros(TAILS + 1, dtype=torch.int32, device=device)  # not read
+        self._most, self._tails = most, TAILS
+        self._staging = Staging(self._layout, rows, sequences)
+        self._cu_seqlens = torch.zeros(TAILS + 1, dtype=torch.int32, device=sequences.device)
 
-    def _views(self, memory: torch.Tensor) -> Views:
-        wide = sum(self._wide)
-        words = memory[:wide].split(self._wide)
-        numbers = memory[wide:].view(torch.int32)[: sum(self._narrow)].split(self._narrow)
-        return Views(*words, *numbers[:2], numbers[2].view(-1, 4))  # type: ignore[call-arg]
+    def _layout(self, size: int) -> tuple[Sequence[int], Sequence[int]]:
+        ones, tails = min(size, self._most), self._tails
+        return (size, size, ones, tails, tails), (ones, tails, 4 * tails)
 
     def serve(self, chunks: Sequence[Chunk]) -> bool:
         """Whether a step has not too many long sequences; of one row, and that ask, it has no more
         than there are slots."""
-        return sum([len(chunk.tokens) > 1 for chunk in chunks]) <= len(self._device.tail_slots)
+        return sum([len(chunk.tokens) > 1 for chunk in chunks]) <= self._tails
 
     def say(self, chunks: Sequence[Chunk], size: int) -> None:
         """Chunks, those of one token first, and padding up to `size` rows: what the step is about
         that is launched next."""
-        turn = self._turns % IN_FLIGHT
-        views = self._hosts[turn]
-        ids, positions, asking, remembered, starts, ends, slots, tail_slots, items = views
+        ids, positions, asking, starts, ends, slots, tail_slots, items = self._staging.next(size)
         n = next((i for i, chunk in enumerate(chunks) if len(chunk.tokens) > 1), len(chunks))
         asks = [i for i, chunk in enumerate(chunks[:n]) if chunk.sampling is not None]
         if n:
             ids[:n] = [chunk.tokens[0] for chunk in chunks[:n]]
             positions[:n] = [chunk.start for chunk in chunks[:n]]
             slots[:n] = [chunk.slot for chunk in chunks[:n]]
-            remembered[:n] = slots[:n] + Sequences.BEFORE
-        remembered[n:] = 0
-        tail_slots[:], items[:], items[:, 2] = PADDING, 0, range(TAILS)
+        items = items.reshape(-1, 4)
+        tail_slots[:], items[:], items[:, 2] = PADDING, 0, range(self._tails)
         cut = []
         row = n
         for i, chunk in enumerate(chunks[n:]):
@@ -99,31 +81,35 @@ class Metadata:
         if cut:
             items[: len(cut)] = sorted(cut, key=lambda item: -item[1])
         slots[n:row], slots[row:] = ELSEWHERE, PADDING
-        ids[row:size] = 0
-        positions[row:size] = 0
+        ids[row:] = 0
+        positions[row:] = 0
         asking[: len(asks)], asking[len(asks) :] = asks, 0
-        self._turns += 1
+        self._staging.said()
 
-    def take(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """On the device: what was said of this step. Its ids and positions [size] int64, the ids as
-        the slots drew them last."""
-        exchange.fetch(self._said, self._turn, self._memory)
-        views, n = self._device, min(size, len(self._device.slots))
-        ids = views.ids[:size]
-        ids[:n] = self._sequences.ids(ids[:n], views.remembered[:n])
-        return ids, views.positions[:size]
+    def take(self, size: int) -> Views:
+        """On the device: what was said of this step."""
+        return Views(*self._staging.take(size))
 
-    def of(self, batch: Batch) -> Batch:
+    def of(self, batch: Batch, views: Views) -> Batch:
         """A step of as many rows, as lightning attention is to read it: rows that are not the only
         ones of their sequence are nobody's among those that are."""
-        views = self._device
-        n = min(len(batch.ids), len(views.slots))
-        packing = Packing((), self._cu_seqlens, views.slots[:n], batch.positions[:n])
+        n = len(views.slots)
+        packing = Packing((), self._cu_seqlens, views.slots, views.positions[:n])
         where = views.tail_slots, views.starts
-        tail = Packing((), self._cu_seqlens, *where, items=views.items)
-        return replace(batch, singles=n, packing=packing, tail=tail, ends=views.ends, tail_row=0)
+        tail = Packing((), self._cu_seqlens, *where, items=views.items.view(-1, 4))
+        return replace(
+            batch,
+            ids=views.ids,
+            positions=views.positions,
+            singles=n,
+            packing=packing,
+            tail=tail,
+            ends=views.ends,
+            tail_row=0,
+        )
 
-    def gather(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """On the device: rows of x [size, ...] that ask, into out [asking, ...]."""
-        n = min(len(x), len(out))
-        torch.index_select(x, 0, self._device.asking[:n], out=out[:n])
+    @staticmethod
+    def gather(x: torch.Tensor, views: Views, out: torch.Tensor) -> None:
+        """On the device: rows of x [size, ...] that ask, into out [most, ...]."""
+        n = len(views.asking)
+        torch.index_select(x, 0, views.asking, out=out[:n])

@@ -126,8 +126,8 @@ class PiecewiseGraphs:
             ids, positions = self._ids[:size], self._positions[:size]
             batch = replace(self._nobody, ids=ids, positions=positions, recorder=pause)
             return self._model.fold(batch, self._store)
-        ids, positions = self._metadata.take(size)
-        placed = self._metadata.of(replace(self._nobody, ids=ids, positions=positions))
+        views = self._metadata.take(size)
+        placed = self._metadata.of(self._nobody, views)
 
         def record(attention: Attention, heads: Heads) -> None:
             if isinstance(attention, Lightning):
@@ -137,7 +137,7 @@ class PiecewiseGraphs:
 
         folded = self._model.fold(replace(placed, recorder=record), self._store)
         for x, out in zip(folded, self.asked, strict=True):
-            self._metadata.gather(x, out)
+            self._metadata.gather(x, views, out)
         return folded
 
     def _chain(self, size: int, short: bool, pool: Any) -> Chain:

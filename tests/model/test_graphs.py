@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from model.chunk import PENDING, Chunk, Copy, Place, Sampling
-from model.graphs import IN_FLIGHT, DecodeGraphs, Exchange, ladder
+from model.graphs import DecodeGraphs, Exchange, Rows, ladder
 from model.runner import ModelRunner, load_runner
 from model.sampling import Wishes, noise_keys
 from model.sequences import Sequences
+from model.staging import IN_FLIGHT, Staging
 from tests.model.captured import eager
 from tests.model.checkpoints import write
 from tests.model.harness import STEP_TOKENS
@@ -56,26 +57,24 @@ def test_what_a_step_is_told_follows_its_slots() -> None:
     wishes = Wishes(4)
     on = Exchange(6, wishes, Sequences(4, 0, CPU))
 
-    def take(chunks: list[Chunk], size: int) -> None:
+    def take(chunks: list[Chunk], size: int) -> Rows:
         on.say(chunks, size)
-        on.take(size)
-        on.heard()
+        return on.take(size)
 
     cold, tepid = Sampling(temperature=0.0, seed=-1), Sampling(temperature=1e-6, seed=2**63)
-    take([], 6)
-    assert on.slots.tolist() == [-1] * 6
+    assert take([], 6).slots.tolist() == [-1] * 6
     for turn, kinds in enumerate([(WARM, cold), (WARM, tepid), (cold, WARM), (tepid, tepid)]):
         chunks = [
             Chunk(tokens=[7 + slot], start=9 + turn, slot=slot, sampling=kind, generated=turn)
             for slot, kind in zip((3, 1), kinds, strict=True)
         ]
-        take(chunks, 4)
-        assert on.ids.tolist()[:4] == [10, 8, 0, 0]
-        assert on.positions.tolist()[:4] == [9 + turn] * 2 + [0, 0]
-        assert on.slots.tolist()[:4] == [3, 1, -1, -1]
-        assert on.keys.tolist()[:2] == noise_keys(chunks).tolist()
+        rows = take(chunks, 4)
+        assert rows.ids.tolist() == [10, 8, 0, 0]
+        assert rows.positions.tolist() == [9 + turn] * 2 + [0, 0]
+        assert rows.slots.tolist() == [3, 1, -1, -1]
+        assert rows.keys.tolist()[:2] == noise_keys(chunks).tolist()
         warm = [0.9 if kind is WARM else 0.0 for kind in kinds]
-        assert on.temperatures.tolist()[:4] == pytest.approx([*warm, 0, 0])
+        assert rows.temperatures.tolist() == pytest.approx([*warm, 0, 0])
         assert wishes.plain(chunks)
 
 
@@ -85,17 +84,33 @@ def test_what_a_step_tells_is_read_after_others_were_launched() -> None:
     begun = [Chunk(tokens=[5], start=0, slot=slot) for slot in (2, 0)]
     pending = [Chunk(tokens=[PENDING], start=1, slot=slot) for slot in (0, 2, 1)]
     on.say(begun, 2)
-    on.take(2)
-    on.tell(torch.tensor([70, -1]))  # one whose logits were not finite goes on from 0
+    on.tell(torch.tensor([70, -1]), on.take(2))  # one whose logits were not finite goes on from 0
     heard = [on.heard()]
     for step in range(1, IN_FLIGHT):
         on.say(pending, 3)
-        on.take(3)
-        assert on.ids.tolist() == ([0, 70, 0] if step == 1 else [10 * step - 10, step - 1, 7])
-        on.tell(torch.tensor([10 * step, step, 7]))
+        rows = on.take(3)
+        assert rows.ids.tolist() == ([0, 70, 0] if step == 1 else [10 * step - 10, step - 1, 7])
+        on.tell(torch.tensor([10 * step, step, 7]), rows)
         heard.append(on.heard())
     assert heard[0].tolist()[:2] == [70, -1]
     assert [ids.tolist() for ids in heard[1:]] == [[10 * n, n, 7] for n in range(1, IN_FLIGHT)]
+
+
+@pytest.mark.parametrize("most", [1, 5, 9])
+def test_parts_of_every_size_lie_apart_and_aligned(most: int) -> None:
+    """What is said of one size is not seen by another, but what it says itself, in its turn."""
+    on = Staging(lambda n: ((n, 1, n), (n, 3)), most, Sequences(4, 0, CPU))
+    for turn in range(2 * IN_FLIGHT + 1):
+        for size in range(1, most + 1):
+            parts = on.next(size)
+            for number, part in enumerate(parts):
+                part[:] = range(100 * number + turn, 100 * number + turn + len(part))
+            on.said()
+            taken = on.take(size)
+            assert [x.tolist() for x in taken] == [part.tolist() for part in parts]
+            assert [len(x) for x in taken] == [size, 1, size, size, 3]
+            assert all(x.data_ptr() % 16 == 0 for x in taken)
+            assert [x.dtype for x in taken] == [torch.int64] * 3 + [torch.int32] * 2
 
 
 STEERED = (

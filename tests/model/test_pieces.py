@@ -15,10 +15,11 @@ from model.chunk import PENDING, Chunk, OutOfDeviceMemory, Sampling
 from model.families import added, forward
 from model.graphs import EndGraphs, ladder
 from model.lightning import Lightning
-from model.metadata import IN_FLIGHT, TAILS
+from model.metadata import TAILS
 from model.pieces import APART, PiecewiseGraphs
 from model.runner import ModelRunner
 from model.sampling import Wishes
+from model.staging import IN_FLIGHT
 from tests.model.captured import Recorded, captured, eager, recorded
 from tests.model.checkpoints import KINDS
 from tests.model.harness import GREEDY, Sequence, load, prompt
@@ -103,7 +104,7 @@ def test_what_pieces_record_folds_what_whole_steps_fold(
     monkeypatch.setattr(Lightning, "__call__", attended)
     runner.store.slots.poison()
     graphs._ids.fill_(3)  # rows of padding hold anything
-    graphs._metadata._said.fill_(7)
+    graphs._metadata._staging._said.fill_(7)
     for got, want in zip(steps(runner, graphs), expected, strict=True):
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
     assert not any(seen) and bool(seen) == (tails == 1), "what is launched between is of the step"

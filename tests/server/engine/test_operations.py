@@ -305,5 +305,5 @@ def test_operations_as_beside_a_gpu(
     world.operate(200)
     assert len(world.done) == 9 and world.saved > 3000
     for graphs in (world.runner.graphs, world.runner.ends):
-        assert graphs is not None and graphs._exchange._turns > 20
+        assert graphs is not None and graphs._exchange._staging.turns > 20
     world.leave()
