@@ -35,10 +35,13 @@ Folded = Sequence[torch.Tensor]  # what Family.fold gives
 
 
 def ladder(most: int, first: Sequence[int] = FIRST, apart: int = APART) -> list[int]:
-    """Sizes to capture: the first ones, then multiples of `apart`, at most a quarter apart."""
+    """Sizes to capture: the first ones, then multiples of `apart`, at most an eighth apart from
+    eight times that on. `apart` and the last of the first are powers of two, so all from there on
+    are among them: of these matrix products are tiled, and one row more is a tile more."""
     sizes = list(first)
     while sizes[-1] < most:
-        sizes.append(sizes[-1] + max(apart, sizes[-1] // 4 // apart * apart))
+        octave = 1 << (sizes[-1].bit_length() - 1)
+        sizes.append(sizes[-1] + max(apart, octave // 8))
     return [size for size in sizes if size < most] + [most]
 
 

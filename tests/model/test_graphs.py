@@ -28,7 +28,8 @@ def test_the_ladder_ends_where_it_must() -> None:
     for most in (1, 2, 3, 16, 17, 100, 512):
         sizes = ladder(most)
         assert sizes == sorted(set(sizes)) and sizes[-1] == most
-        assert all(b - a <= max(8, a // 2) for a, b in pairwise(sizes))
+        assert all(b - a <= max(8, a // 8) for a, b in pairwise(sizes))
+        assert {1 << i for i in range(10) if 1 << i <= most} <= {*sizes}
 
 
 def test_tables_follow_their_slots() -> None:

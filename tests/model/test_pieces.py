@@ -32,7 +32,8 @@ MOST = 80  # rows of a step here
 def test_the_ladder_ends_where_it_must(most: int) -> None:
     sizes = ladder(most, (APART,), APART)
     assert sizes == sorted(set(sizes)) and sizes[0] == 16 and sizes[-1] == most
-    assert all(b - a <= max(16, a // 4) for a, b in pairwise(sizes))
+    assert all(b - a <= max(16, a // 8) for a, b in pairwise(sizes))
+    assert {1 << i for i in range(4, 14) if 1 << i <= most} <= {*sizes}
 
 
 @pytest.fixture(scope="module", params=KINDS)
