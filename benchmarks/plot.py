@@ -2,7 +2,7 @@
 
     python -m benchmarks.plot [CARD [PICTURE ...]]
 
-Needs matplotlib (the extra `bench`). CARD is the end of the result files' names, h100 for example;
+Needs matplotlib (the extra `bench`). CARD is the end of the result files' names, h200 for example;
 pictures are kernels, fairness, engine and serve.
 """
 
@@ -191,7 +191,7 @@ PICTURES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("card", nargs="?", default="h100")
+    parser.add_argument("card", nargs="?", default="h200")
     parser.add_argument("pictures", nargs="*", default=["kernels"], help=", ".join(PICTURES))
     options = parser.parse_args()
     for picture in options.pictures:

@@ -1,7 +1,8 @@
 """Triton where it is installed, and a stand-in where it is not (macOS, Windows).
 
-Every kernel file takes `tl`, `jit` and `next_power_of_2` from here. Without Triton the kernels stay
-uncompiled Python that nobody calls: tensors then live on the CPU and the torch paths serve them.
+Kernels take `tl` and `jit` from here, some of those for Hopper Gluon's in their stead. Without
+Triton they stay uncompiled Python that nobody calls: tensors then live on the CPU and the torch
+paths serve them.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs

@@ -1,7 +1,7 @@
 """Lightning attention for one token of each sequence, states read at every step, rarely written.
 
 Beside its state a slot keeps a ring: the last R keys and values. The rows of a state are folded in
-slices, one slice a step by turns, so that a step writes one R-th of a state and no step has more to
+slices, one slice a step by turns, so that a step writes one P-th of a state and no step has more to
 do than another. A row k that has folded all but the last n_k tokens holds S_k, and position t sees
 
     o_t = scale sum_k q_k (lam^n_k S_k + sum_{a < n_k} lam^a k_(t-a),k v_(t-a))

@@ -31,7 +31,7 @@ from model.weights import Parameters, fingerprint
 BLOCK_SIZE = 64  # positions of a KV block
 CPU_STATE_BYTES = 4_000_000_000
 CAPTURED = 512  # sequences of the largest step that is a CUDA graph
-RING = 16  # tokens beside a state on CUDA: a step then writes a sixteenth of it
+RING = 16  # tokens beside a state on CUDA: a step then writes a fifteenth of it
 GB = 1_000_000_000
 FP8 = (8, 9)  # compute capability from which on a card multiplies fp8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

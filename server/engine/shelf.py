@@ -1,7 +1,7 @@
 """The shelf: a directory of states as files, named by their keys, that outlives the process.
 
     DIRECTORY/states/KEY.safetensors      a state; written and read by threads of this process
-    DIRECTORY/contexts/ID.KEY.json        a named context (server.api.contexts): keeps KEY's file
+    DIRECTORY/contexts/ID.KEY.json        a named context (server.api.registry): keeps KEY's file
     DIRECTORY/quarantine/                 what was refused
     DIRECTORY/lock                        held while a file is given up or a context is published
 
