@@ -8,7 +8,7 @@ wait there for every state that leaves.
     send: host = x, whatever it is
 
 Turns go round: so many may be under way at a time as there are rows in the host's memory. Row 0 of
-latest is that of slot -1, which is nobody's.
+latest is nobody's: that of slots below 0.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -20,6 +20,7 @@ from kernels.language import early, jit, next_power_of_2, start_early, tl
 
 BLOCK = 512  # words that a program sends
 AT_ONCE = 4096  # words that a program takes before it waits for any
+LEAST = 128  # ids that it has room for: few steps need another program
 
 
 @jit(do_not_specialize=["WORDS", "N", "SLOTS"])
@@ -46,13 +47,14 @@ def _take_kernel(
     p_slot = said_narrow_ptr + turn % TURNS * 2 * MOST + SLOTS
     o_n = tl.arange(0, ROWS)
     m_n = o_n < N
-    b_id = tl.load(p_said + o_n, mask=m_n, other=0, cache_modifier=".cv")
-    b_slot = tl.load(p_slot + o_n, mask=m_n, other=-1, cache_modifier=".cv")
-    for first in range(N, WORDS, BLOCK):
+    b_id = tl.load(p_said + o_n, mask=m_n, other=0, volatile=True)
+    b_slot = tl.load(p_slot + o_n, mask=m_n, other=-1, volatile=True)
+    for first in range(N, WORDS, BLOCK):  # ids are stored once, below
         o_w = first + tl.arange(0, BLOCK)
-        b_word = tl.load(p_said + o_w, mask=o_w < WORDS, other=0, cache_modifier=".cv")
+        b_word = tl.load(p_said + o_w, mask=o_w < WORDS, other=0, volatile=True)
         tl.store(memory_ptr + o_w, b_word, mask=o_w < WORDS)
-    b_latest = tl.load(latest_ptr + b_slot + 1, mask=m_n & (b_id < 0), other=0)
+    b_row = tl.maximum(b_slot + 1, 0)
+    b_latest = tl.load(latest_ptr + b_row, mask=m_n & (b_id < 0), other=0)
     tl.store(memory_ptr + o_n, tl.where(b_id < 0, b_latest, b_id), mask=m_n)
     tl.debug_barrier()  # the turn is known to every thread
     tl.store(turn_ptr, turn + 1)
@@ -97,7 +99,7 @@ def _triton_take(
 ) -> None:
     TURNS, MOST = said.shape
     WORDS, N = len(memory), len(slots)
-    BLOCK = min(next_power_of_2(WORDS - N), AT_ONCE)
+    BLOCK = min(next_power_of_2(MOST), AT_ONCE)
     _take_kernel[(1,)](
         said,
         said.view(torch.int32),
@@ -109,7 +111,7 @@ def _triton_take(
         (slots.data_ptr() - memory.data_ptr()) // slots.itemsize,
         TURNS=TURNS,
         MOST=MOST,
-        ROWS=next_power_of_2(N),
+        ROWS=max(next_power_of_2(N), LEAST),
         BLOCK=BLOCK,
         num_warps=4 if BLOCK <= 1024 else 8,
         **early(memory.device),
@@ -153,7 +155,7 @@ def _torch_take(
 ) -> None:
     torch.index_select(said[:, : len(memory)], 0, turn % len(said), out=memory[None])
     ids = memory[: len(slots)]
-    rows = torch.where(ids < 0, slots + 1, 0).long()
+    rows = torch.where(ids < 0, slots + 1, 0).clamp(min=0).long()
     ids.copy_(torch.where(ids < 0, latest[rows], ids))
     turn += 1
 

@@ -79,12 +79,11 @@ class Exchange:
         temperatures[:n] = self._wishes.temperatures[slots[:n]]
         keys[:n] = self._wishes.keys(slots[:n], [chunk.generated for chunk in chunks])
         ids[n:], positions[n:], slots[n:], temperatures[n:] = 0, 0, PADDING, 0.0
-        self._staging.said()
 
     def heard(self) -> torch.Tensor:
-        """Where on the host the ids [most] int64 of the step that was said last will be when it is
-        over, and until IN_FLIGHT more were."""
-        return self._told[(self._staging.turns - 1) % IN_FLIGHT]
+        """A step was launched: where on the host its ids [most] int64 will be when it is over, and
+        until IN_FLIGHT more were launched."""
+        return self._told[self._staging.launched()]
 
     def take(self, size: int) -> Rows:
         """On the device: what was said of this step."""
@@ -152,6 +151,7 @@ class Graphs(ABC):
         for size in reversed(self.sizes):
             self._exchange.say((), size)
             self._step(size)
+            self._exchange.heard()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
@@ -160,8 +160,8 @@ class Graphs(ABC):
             del terms  # or it would keep its memory from the next
 
     def _replay(self, chunks: Sequence[Chunk], size: int) -> Replayed:
-        self._exchange.say(chunks, size)
         captured = self._captured[size]
+        self._exchange.say(chunks, size)
         captured.graph.replay()
         n = len(chunks)
         return Replayed(self._exchange.heard()[:n], captured.terms[:, :n])
@@ -211,11 +211,11 @@ class DecodeGraphs(Graphs):
 
 class EndGraphs(Graphs):
     """What follows Family.fold of a step, for rows that ask. wishes: those of the slots, which
-    DecodeGraphs know too; rows [most, ...]: where what fold gives of them lies."""
+    DecodeGraphs know too; asked [most, ...]: where what fold gives of them lies."""
 
-    def __init__(self, model: Family, wishes: Wishes, sequences: Sequences, rows: Folded) -> None:
-        super().__init__(model, wishes, sequences, len(rows[0]))
-        self._rows = rows
+    def __init__(self, model: Family, wishes: Wishes, sequences: Sequences, asked: Folded) -> None:
+        super().__init__(model, wishes, sequences, len(asked[0]))
+        self._asked = asked
 
     def serve(self, count: int) -> bool:
         """Whether so many rows may ask."""
@@ -224,7 +224,7 @@ class EndGraphs(Graphs):
     def gather(self, folded: Folded, rows: torch.Tensor | None) -> None:
         """Put these rows [n] int64 of what was folded where they are read."""
         assert rows is not None, "a batch says which of its rows ask"
-        for x, kept in zip(folded, self._rows, strict=True):
+        for x, kept in zip(folded, self._asked, strict=True):
             torch.index_select(x, 0, rows, out=kept[: len(rows)])
 
     def replay(self, chunks: Sequence[Chunk]) -> Replayed:
@@ -232,4 +232,4 @@ class EndGraphs(Graphs):
         return self._replay(chunks, self._size(len(chunks)))
 
     def _terms(self, rows: Rows) -> torch.Tensor:
-        return self._model.finish(*(x[: len(rows.ids)] for x in self._rows))
+        return self._model.finish(*(x[: len(rows.ids)] for x in self._asked))

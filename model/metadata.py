@@ -19,10 +19,9 @@ TAILS = 16  # sequences of more than one row, at most
 
 
 class Views(NamedTuple):
-    """What is about a step of `size` rows, of which `most` at most, the first, are of sequences of
-    one row: ids, positions [size] int64; asking [most] int64, the rows that ask; starts, ends
-    [TAILS] int64, slots [most], tail_slots [TAILS], items [4 * TAILS] int32: see Batch and Packing.
-    """
+    """What a step of T rows is about, of which the first n = min(T, most) may be of sequences of
+    one row: ids, positions [T] int64; asking [n] int64, the rows that ask; starts, ends [TAILS]
+    int64; slots [n], tail_slots [TAILS], items [4 * TAILS] int32: see Batch and Packing."""
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -41,7 +40,8 @@ class Metadata:
     def __init__(self, rows: int, most: int, sequences: Sequences) -> None:
         self._most, self._tails = most, TAILS
         self._staging = Staging(self._layout, rows, sequences)
-        self._cu_seqlens = torch.zeros(TAILS + 1, dtype=torch.int32, device=sequences.device)
+        nobodys = torch.zeros(TAILS + 1, dtype=torch.int32, device=sequences.device)
+        self._cu_seqlens = nobodys  # see Packing.items
 
     def _layout(self, size: int) -> tuple[Sequence[int], Sequence[int]]:
         ones, tails = min(size, self._most), self._tails
@@ -84,7 +84,10 @@ class Metadata:
         ids[row:] = 0
         positions[row:] = 0
         asking[: len(asks)], asking[len(asks) :] = asks, 0
-        self._staging.said()
+
+    def launched(self) -> None:
+        """What was said is taken by what was launched."""
+        self._staging.launched()
 
     def take(self, size: int) -> Views:
         """On the device: what was said of this step."""
@@ -110,6 +113,7 @@ class Metadata:
 
     @staticmethod
     def gather(x: torch.Tensor, views: Views, out: torch.Tensor) -> None:
-        """On the device: rows of x [size, ...] that ask, into out [most, ...]."""
+        """On the device: rows of x [T, ...] that ask, into out [most, ...]."""
         n = len(views.asking)
+        assert n <= len(out)
         torch.index_select(x, 0, views.asking, out=out[:n])

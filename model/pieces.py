@@ -52,19 +52,19 @@ def _pass_over(attention: Attention, heads: Heads) -> None:
 
 @dataclass(slots=True, frozen=True, eq=False)
 class Piece:
-    """A graph, and the attention that follows it."""
+    """Attention, and the graph that follows it."""
 
-    graph: torch.cuda.CUDAGraph
     attention: Attention
     heads: Heads
+    graph: torch.cuda.CUDAGraph
 
 
 @dataclass(slots=True, frozen=True, eq=False)
 class Chain:
-    """Family.fold for one number of rows: pieces, the graph that ends it, and what that gives."""
+    """Family.fold for one number of rows: the graph that begins it, pieces, and what they give."""
 
+    first: torch.cuda.CUDAGraph
     pieces: list[Piece]
-    last: torch.cuda.CUDAGraph
     folded: Folded
 
 
@@ -110,6 +110,8 @@ class PiecewiseGraphs:
             if size <= SHORT:
                 self._metadata.say((), size)
             self._fold(size, size <= SHORT, _pass_over)
+            if size <= SHORT:
+                self._metadata.launched()
             if self._store.device.type == "cuda":
                 torch.cuda.synchronize()  # what was said is fetched
 
@@ -142,19 +144,19 @@ class PiecewiseGraphs:
 
     def _chain(self, size: int, short: bool, pool: Any) -> Chain:
         pieces: list[Piece] = []
-        graph = torch.cuda.CUDAGraph()
+        first = graph = torch.cuda.CUDAGraph()
 
         def pause(attention: Attention, heads: Heads) -> None:
             nonlocal graph
             graph.capture_end()
-            pieces.append(Piece(graph, attention, Heads(*map(alias, heads.tensors))))
             graph = torch.cuda.CUDAGraph()
+            pieces.append(Piece(attention, Heads(*map(alias, heads.tensors)), graph))
             graph.capture_begin(pool=pool)
 
-        graph.capture_begin(pool=pool)
+        first.capture_begin(pool=pool)
         x, mixed = self._fold(size, short, pause)
         graph.capture_end()
-        return Chain(pieces, graph, (alias(x), alias(mixed)))
+        return Chain(first, pieces, (alias(x), alias(mixed)))
 
     def short(self, chunks: Sequence[Chunk]) -> bool:
         """Whether a step is one that fold_short() serves."""
@@ -168,8 +170,10 @@ class PiecewiseGraphs:
         size = self._size(T)
         chain = self._short[size]
         batch = Batch.pack(chunks, self._sequences) if chain.pieces else None
-        self._metadata.say(chunks, size)  # of a step that is launched now, whatever fails later
-        self._replay(chain, T, batch)
+        self._metadata.say(chunks, size)
+        chain.first.replay()
+        self._metadata.launched()  # whatever fails later
+        self._follow(chain, T, batch)
 
     def serve(self, batch: Batch) -> bool:
         """Whether a step is one of theirs."""
@@ -181,7 +185,8 @@ class PiecewiseGraphs:
         self._ids[:T].copy_(batch.ids)
         self._positions[:T].copy_(batch.positions)
         chain = self._chains[self._size(T)]
-        self._replay(chain, T, batch)
+        chain.first.replay()
+        self._follow(chain, T, batch)
         x, mixed = chain.folded
         return x[:T], mixed[:T]
 
@@ -190,9 +195,9 @@ class PiecewiseGraphs:
         at = bisect_left(self.sizes, rows)
         return self.sizes[at] if at < len(self.sizes) else 0
 
-    def _replay(self, chain: Chain, T: int, batch: Batch | None) -> None:
+    def _follow(self, chain: Chain, T: int, batch: Batch | None) -> None:
+        """What comes after the first graph."""
         for p in chain.pieces:
             assert batch is not None
-            p.graph.replay()
             p.attention(p.heads[:T], batch, self._store)
-        chain.last.replay()
+            p.graph.replay()

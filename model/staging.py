@@ -2,8 +2,8 @@
 memory of the device to which a kernel of the step takes that.
 
 So no copy is launched in front of a step, and graphs read what one is about: it lies at the same
-place in every step of a size. A turn is a step: the host says it before it launches the step, in
-turns, and both sides count.
+place in every step of a size. A turn is a step, and both sides count them: the device as it takes
+what was said, the host as soon as that is launched.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ int32, the slots of the first of these first."""
 class Staging:
     """Of steps of up to `most` rows. Ids that are PENDING are taken as their slots drew them last.
 
-    turn [1] int64, on the device: turns that were taken; turns: that were said.
+    turn [1] int64, on the device: turns that were taken; turns: those that were launched.
     """
 
     def __init__(self, layout: Layout, most: int, sequences: Sequences) -> None:
@@ -43,15 +43,17 @@ class Staging:
         self._hosts: dict[int, list[list[np.ndarray]]] = {}  # by size and turn
 
     def next(self, size: int) -> list[np.ndarray]:
-        """Where the host says what the step is about that is launched next, of this size."""
+        """Where the host says what the step is about that is launched next, of this size. Whatever
+        stood there, of steps of any size, is still there."""
         if size not in self._hosts:
             parts = [self._parts(said, size) for said in self._said]
             self._hosts[size] = [[x.numpy() for x in turn] for turn in parts]
         return self._hosts[size][self.turns % IN_FLIGHT]
 
-    def said(self) -> None:
-        """What lies there now is about a step, which is launched before the next one's is said."""
+    def launched(self) -> int:
+        """What was said is taken by what was launched. Which of IN_FLIGHT turns that is."""
         self.turns += 1
+        return (self.turns - 1) % IN_FLIGHT
 
     def take(self, size: int) -> list[torch.Tensor]:
         """On the device: what was said of this step. Its parts, which stay until the next one."""

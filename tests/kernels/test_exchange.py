@@ -75,13 +75,13 @@ def test_a_step_tells_what_it_drew_in_its_turn(device, N):
 
 
 def test_padding_is_nobodys(device):
-    """Nor is a row that is elsewhere: its id is known, whatever its slot."""
-    said = pinned(torch.tensor([[-1, 0, 0, -1, 9, 0, 0, 0, 0]]))
-    slots_in(said[0], 6, 5)[:] = torch.tensor([5, -1, -1, 8, -2])
-    latest, turn, memory = memory_of(device, 9)
-    slots = slots_in(memory, 6, 5)
-    take(said, turn, latest, memory[:9], slots)
-    assert memory[:5].tolist() == [1006, 0, 0, 1009, 9]
+    """Nor is a row that is elsewhere, whatever its id."""
+    said = pinned(torch.tensor([[-1, 0, 0, -1, 9, -1, -1, 0, 0, 0, 0, 0]]))
+    slots_in(said[0], 8, 7)[:] = torch.tensor([5, -1, -1, 8, -2, -2, -1])
+    latest, turn, memory = memory_of(device, 12)
+    slots = slots_in(memory, 8, 7)
+    take(said, turn, latest, memory[:12], slots)
+    assert memory[:7].tolist() == [1006, 0, 0, 1009, 9, 1000, 1000]
     told = pinned(torch.zeros(1, 5, dtype=torch.int64))
     tell(torch.tensor([1, 2, 2, 3], device=device), slots[:4], latest, turn, told)
     if device.type == "cuda":

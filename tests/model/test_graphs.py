@@ -57,10 +57,13 @@ def test_what_a_step_is_told_follows_its_slots() -> None:
     """Whoever comes to a slot draws as it asks, not as the one before it did."""
     wishes = Wishes(4)
     on = Exchange(6, wishes, Sequences(4, 0, CPU))
+    on._staging._said.fill_(-7)  # what steps of other sizes left
 
     def take(chunks: list[Chunk], size: int) -> Rows:
         on.say(chunks, size)
-        return on.take(size)
+        rows = on.take(size)
+        on.heard()
+        return rows
 
     cold, tepid = Sampling(temperature=0.0, seed=-1), Sampling(temperature=1e-6, seed=2**63)
     assert take([], 6).slots.tolist() == [-1] * 6
@@ -99,19 +102,34 @@ def test_what_a_step_tells_is_read_after_others_were_launched() -> None:
 
 @pytest.mark.parametrize("most", [1, 5, 9])
 def test_parts_of_every_size_lie_apart_and_aligned(most: int) -> None:
-    """What is said of one size is not seen by another, but what it says itself, in its turn."""
+    """Said as far ahead as turns go, of sizes by turns, and taken in order."""
     on = Staging(lambda n: ((n, 1, n), (n, 3)), most, Sequences(4, 0, CPU))
-    for turn in range(2 * IN_FLIGHT + 1):
-        for size in range(1, most + 1):
-            parts = on.next(size)
-            for number, part in enumerate(parts):
-                part[:] = range(100 * number + turn, 100 * number + turn + len(part))
-            on.said()
-            taken = on.take(size)
-            assert [x.tolist() for x in taken] == [part.tolist() for part in parts]
-            assert [len(x) for x in taken] == [size, 1, size, size, 3]
+    sizes = [1 + n % most for n in range(5 * IN_FLIGHT)]
+    said: list[list[list[int]]] = []
+    for turn, size in enumerate(sizes):
+        parts = on.next(size)
+        for number, part in enumerate(parts):
+            part[:] = range(100 * number + turn, 100 * number + turn + len(part))
+        assert [len(part) for part in parts] == [size, 1, size, size, 3]
+        said.append([part.tolist() for part in parts])
+        assert on.launched() == turn % IN_FLIGHT
+        if len(said) < IN_FLIGHT and turn + 1 < len(sizes):
+            continue
+        for ahead, words in enumerate(said):  # launched long ago, and carried out now
+            taken = on.take(sizes[turn + 1 - len(said) + ahead])
+            assert [x.tolist() for x in taken] == words
             assert all(x.data_ptr() % 16 == 0 for x in taken)
             assert [x.dtype for x in taken] == [torch.int64] * 3 + [torch.int32] * 2
+        said.clear()
+
+
+def test_a_step_that_is_not_launched_leaves_the_turn_to_the_next() -> None:
+    on = Exchange(2, Wishes(2), Sequences(2, 0, CPU))
+    for id in (5, 6):
+        on.say([Chunk(tokens=[id], start=0, slot=1)], 1)
+    rows = on.take(1)
+    on.tell(torch.tensor([9]), rows)
+    assert rows.ids.tolist() == [6] and on.heard()[:1].tolist() == [9]
 
 
 STEERED = (
