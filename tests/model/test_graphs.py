@@ -57,7 +57,7 @@ def test_what_a_step_is_told_follows_its_slots() -> None:
     """Whoever comes to a slot draws as it asks, not as the one before it did."""
     wishes = Wishes(4)
     on = Exchange(6, wishes, Sequences(4, 0, CPU))
-    on._staging._said.fill_(-7)  # what steps of other sizes left
+    on._staging._said.fill_(0x4120_0000_4120_0000)  # what others left: no id, and twice 10.0
 
     def take(chunks: list[Chunk], size: int) -> Rows:
         on.say(chunks, size)
