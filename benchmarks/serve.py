@@ -148,7 +148,8 @@ def rate_of(replies: list[Reply], tokens: int) -> float:
 
 
 def times_of(replies: list[Reply], tokens: int) -> dict[str, float]:
-    """Percentiles in milliseconds: first token, between frames, per token, whole."""
+    """Percentiles in milliseconds: first token, between frames, per token, whole. Where every reply
+    came in one frame there is no time between frames: 0."""
     kinds = {
         "TTFT": [reply.frames[0] - reply.due for reply in replies],
         "ITL": numpy.concatenate([numpy.diff(reply.frames) for reply in replies]),
@@ -156,7 +157,7 @@ def times_of(replies: list[Reply], tokens: int) -> dict[str, float]:
         "E2E": [reply.frames[-1] - reply.due for reply in replies],
     }
     return {
-        f"{kind} p{percent}": float(numpy.percentile(values, percent)) * 1e3
+        f"{kind} p{percent}": float(numpy.percentile(values, percent)) * 1e3 if len(values) else 0.0
         for kind, values in kinds.items()
         for percent in PERCENTILES
     }

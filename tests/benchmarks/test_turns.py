@@ -51,7 +51,7 @@ def test_one_server_runs_while_the_other_is_stopped(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(turns, "SECONDS", 0.05)
     load = Load(url="", streams=1, requests=1, prompt=1, tokens=100, vocab=97)
     with working() as one, working() as other:
-        clients: Any = [Clients(one, 100), Clients(other, 200)]
+        clients: Any = [Clients(one, 300), Clients(other, 600)]
         for process in (one, other):
             assert process.stdout is not None and process.stdout.readline()  # it has begun
         rates = play([one.pid, other.pid], clients, [load] * 2)
