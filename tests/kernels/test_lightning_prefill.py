@@ -104,6 +104,8 @@ def test_middling_lengths_by_stages(device, dtype, stages, monkeypatch):
 @triton_only
 @pytest.mark.parametrize(("dk", "dv"), [(64, 64), (96, 96), (128, 128), (256, 128), (48, 80)])
 def test_segments_of_head_sizes(device, dk, dv, dtype, short_segments):
+    if device.type == "cpu" and dtype == torch.float16 and dk != 128:
+        pytest.skip("long for the interpreter")
     check([193, 70, 33], [9, 0, 1], dk=dk, dv=dv, dtype=dtype, device=device)
 
 
@@ -113,12 +115,11 @@ def test_segments_with_a_bfloat16_state(device, dtype, short_segments):
     check([100, 70], [0, 4], dk=128, dv=128, device=device, bound=4e-3, **dtypes)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no card: see test_tuned.py")
 @triton_only
 @pytest.mark.parametrize("itemsize, dk", PREFILL)
 def test_every_tuning_of_the_card(device, itemsize, dk, short_segments):
     dtype = torch.float32 if itemsize == 4 else torch.bfloat16
-    if dtype == torch.bfloat16 and device.type == "cpu":
-        dtype = torch.float16  # the interpreter multiplies no bfloat16
     check([330, 70], [3, 0], dk=dk, dv=128, dtype=dtype, device=device)
 
 

@@ -76,10 +76,10 @@ def test_a_staggered_batch_with_padding(device, dk, dv, R, dtype):
 
 @pytest.mark.parametrize(("dk", "dv", "R"), [(128, 128, 5), (256, 128, 2)])
 def test_a_staggered_batch_of_wide_heads(device, dk, dv, R, dtype, request):
-    """Interpreted, they take long: what test_tuned does in float16 is not done twice."""
+    """Interpreted, they take long: heads of 128 are in test_tuned, of 256 in float32 alone."""
     interpreted = "triton" in request.node.name and device.type == "cpu"
-    if interpreted and (dk, dtype) == (128, torch.float16):
-        pytest.skip("see test_tuned.py")
+    if interpreted and (dk == 128 or dtype != torch.float32):
+        pytest.skip("long for the interpreter")
     test_a_staggered_batch_with_padding(device, dk, dv, R, dtype)
 
 
@@ -122,7 +122,7 @@ def test_a_head_is_shared_by_more_programs_where_they_would_be_few():
 @pytest.mark.parametrize("dv", [64, 128, 256])
 def test_any_share_of_a_head_goes_on_from_any_other(device, monkeypatch, dv):
     """Batches grow and shrink: the next step has other programs for the same columns."""
-    R, d, T = 4, 16, 12
+    R, d, T = 4, 16, 9
     on = Slots(1, R, d, dv, device)
     q, k, v = interleaved(T, H, (d, d, dv), device=device)
     rows = []

@@ -77,6 +77,8 @@ def befores(M, K, dtype):
 @pytest.mark.parametrize("kind", ["plain", "norm", "add", "residual", "gate", "sigmoid"])
 def test_what_stands_before(M, N, K, kind, dtype):
     skip_what_the_interpreter_lacks(M, dtype)
+    if not CUDA and dtype == torch.float16 and kind not in ("residual", "gate"):
+        pytest.skip("long for the interpreter, as float32 is")
     before, keep = befores(M, K, dtype)[kind]
     w = torch.randn(N, K, device=DEVICE).to(dtype)
     y, kept = skinny_gemm(before, w, tiles(M), keep=keep)
