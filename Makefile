@@ -6,7 +6,8 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
 VENV := .venv
-PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# what is never imported need not be compiled
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .PHONY: serve test test-deploy lint format clean
 
@@ -30,7 +31,7 @@ test-deploy: $(VENV)/.deploy
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --num-workers 2
 	$(VENV)/bin/python -m benchmarks.table --check
 	$(VENV)/bin/python -m deploy.dashboard --check
 	$(VENV)/bin/python -m deploy.prometheusrule --check

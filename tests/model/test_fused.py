@@ -27,6 +27,8 @@ def test_one_kernel_for_few_rows_decodes_the_same(
 ) -> None:
     """Steps of one sequence and of three, beside the oracle and beside kernels one by one."""
     pytest.importorskip("triton")
+    if kind == "native-hybrid" and not torch.cuda.is_available():
+        pytest.skip("long for the interpreter; minimax-text-01 has the same forms")
     oracle = KINDS[kind](tmp_path)
     runner = load(tmp_path)
     wants = [oracle(text)[-STEPS:].float() for text in TEXTS]
