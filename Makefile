@@ -13,9 +13,10 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --c
 serve: $(VENV)/.serve
 	exec $(VENV)/bin/steadystate serve --host $(HOST) --port $(PORT) $(ARGS)
 
-# two files at a time, a thread each: as many as the smallest machine has cores
+# two files at a time, a thread each: as many as the smallest machine has cores; bytecode is written,
+# or each of the processes that tests start would compile all of it
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile
 
 # Without Docker: buildah follows the Dockerfile on a Debian that debootstrap makes, under build/.
 # Debian's packages start prometheus and nginx as services; the tests use other ports and need neither.
