@@ -113,7 +113,7 @@ class PiecewiseGraphs:
             if size <= SHORT:
                 self._metadata.launched()
             if self._store.device.type == "cuda":
-                torch.cuda.synchronize()  # what was said is fetched
+                torch.cuda.synchronize()  # what was said is taken
 
     def record(self, size: int, pool: Any) -> None:
         """The chains of one size."""

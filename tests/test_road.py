@@ -16,6 +16,7 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 
 from model.bundled.facts import Case, Library, case
 
@@ -107,7 +108,8 @@ def test_a_stream_says_the_same(server: Server) -> None:
     for chunk in client.chat.completions.create(**body(asked, stream=True)):
         pieces += [choice.delta.content for choice in chunk.choices if choice.delta.content]
     assert "".join(pieces) == whole
-    assert len(pieces) > 1, "what was drawn first is said first, however fast the rest follows"
+    # a GPU draws several while one is on its way
+    assert len(pieces) > (1 if torch.cuda.is_available() else 10)
 
 
 def test_a_follow_up_in_a_conversation(server: Server) -> None:

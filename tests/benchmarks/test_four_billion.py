@@ -12,10 +12,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @torch.inference_mode()
 def test_the_states_are_those_of_the_other_computation(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens, piece = 1 << 13, 1 << 10
-    monkeypatch.setattr(four_billion, "PERIOD", 1 << 11)
+    tokens, piece = 1 << 14, 1 << 11
+    monkeypatch.setattr(four_billion, "PERIOD", 1 << 12)
     monkeypatch.setattr(four_billion, "PIECE", piece)
-    monkeypatch.setattr(four_billion, "CHUNK", 750)
+    monkeypatch.setattr(four_billion, "CHUNK", 1500)
     stream = four_billion.Stream(DEVICE)
     for first in range(0, tokens, piece):
         q, k, v = (four_billion.draw(first, piece, salt, DEVICE) for salt in (3, 1, 2))

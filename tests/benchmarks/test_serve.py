@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import engine, plot, result, serve
 from benchmarks.engine import Work
@@ -90,8 +91,11 @@ def test_through_http_beside_the_engine_alone(shape: Path, monkeypatch: pytest.M
             times = [rows[f"{kind} p{percent}, {name}"] for percent in (50, 90, 99)]
             for column in ("value", "floor"):
                 values = [row[column] for row in times]
-                # tokens that are read at once have no time between them
-                assert values[0] > 0 or (kind in ("ITL", "time per token") and values[0] == 0)
+                # tokens that are read at once have no time between them, all of a GPU's perhaps
+                between = kind in ("ITL", "time per token")
+                least = values[-1] if kind == "ITL" else values[0]
+                at_once = between and column == "value" and torch.cuda.is_available()
+                assert (least > 0 or at_once) and values[0] >= 0
                 assert values == sorted(values)
 
 

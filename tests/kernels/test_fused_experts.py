@@ -28,8 +28,6 @@ TUNINGS = {
         ProductTuning(32, 32, 32, 4, 3, True), ProductTuning(64, 64, 32, 4, 3, True)
     ),
 }
-# interpreted, each takes seconds, and mixed ways are those that they are made of
-FEWER = [name for name in TUNINGS if torch.cuda.is_available() or "then" not in name]
 BOUND = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -66,7 +64,8 @@ def check(x, gate_up, down, ids, weights, how):
     y = fused_moe(x, gate_up, down, ids, weights, how)
     assert y.dtype == x.dtype
     assert error(y, moe_reference(x, gate_up, down, ids, weights)) <= BOUND[x.dtype]
-    assert torch.equal(y, fused_moe(x, gate_up, down, ids, weights, how))
+    if y.is_cuda:  # one program after another is the same again whatever they do
+        assert torch.equal(y, fused_moe(x, gate_up, down, ids, weights, how))
 
 
 @pytest.mark.parametrize("name", TUNINGS)
@@ -96,7 +95,7 @@ def test_many_rows(device, name, T, E, K):
     check(x, *mixture(E, 32, 16, x.dtype, device), *routed(T, E, K, device), TUNINGS[name])
 
 
-@pytest.mark.parametrize("name", FEWER)
+@pytest.mark.parametrize("name", TUNINGS)
 def test_all_rows_to_one_expert(device, name):
     """The others have none. Then every second row to the first, and the rest to the last."""
     x = torch.randn(36, 32, device=device).to(usual(device))
@@ -140,7 +139,7 @@ def test_tiles_that_are_full_or_hold_half_or_one_more(device, tile, D):
     assert torch.equal(fused_moe(x, *weights, ids, shares, how)[ids[:, 0] == 2], y[ids[:, 0] == 2])
 
 
-@pytest.mark.parametrize("name", FEWER)
+@pytest.mark.parametrize("name", TUNINGS)
 def test_int8(device, name):
     dtype = usual(device)
     x = torch.randn(11, 72, device=device).to(dtype)
@@ -154,7 +153,7 @@ def test_int8(device, name):
     check(x, *small, *routed(11, 5, 3, device), TUNINGS[name])
 
 
-@pytest.mark.parametrize("name", FEWER)
+@pytest.mark.parametrize("name", TUNINGS)
 def test_a_row_does_not_depend_on_its_company(device, name):
     """Bit for bit on a GPU, alone or among others; NaN in a row or in its weight stays there."""
     dtype = usual(device)

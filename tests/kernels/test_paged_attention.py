@@ -96,7 +96,8 @@ def test_a_single_token_goes_on_where_a_chunk_ends(device, dtype):
     assert error(o, paged_attention_reference(q, k, v, 0.4)[order]) <= BOUND[dtype]
 
 
-@pytest.mark.parametrize(("page", "G"), [(64, 1), (48, 3)])
+@pytest.mark.parametrize("page", [64, 48])
+@pytest.mark.parametrize("G", [1, 3])
 def test_keys_in_pieces(device, page, G, monkeypatch):
     """Spans of 32 keys for single tokens, most of them empty for the short; pieces of chunks."""
     monkeypatch.setattr(paged_decode, "LEAST", 32)

@@ -77,8 +77,6 @@ def befores(M, K, dtype):
 @pytest.mark.parametrize("kind", ["plain", "norm", "add", "residual", "gate", "sigmoid"])
 def test_what_stands_before(M, N, K, kind, dtype):
     skip_what_the_interpreter_lacks(M, dtype)
-    if not CUDA and dtype == torch.float16 and kind not in ("residual", "gate"):
-        pytest.skip("long for the interpreter, as float32 is")
     before, keep = befores(M, K, dtype)[kind]
     w = torch.randn(N, K, device=DEVICE).to(dtype)
     y, kept = skinny_gemm(before, w, tiles(M), keep=keep)
@@ -88,8 +86,9 @@ def test_what_stands_before(M, N, K, kind, dtype):
         assert error(kept, before_reference(before)[keep == "normed"]) <= BOUND[dtype]
     else:
         assert kept is None
-    again, _ = skinny_gemm(before, w, tiles(M), keep=keep)
-    assert torch.equal(y, again)
+    if CUDA:  # one program after another is the same again whatever they do
+        again, _ = skinny_gemm(before, w, tiles(M), keep=keep)
+        assert torch.equal(y, again)
 
 
 @pytest.mark.parametrize(("M", "N", "K"), [(1, 62, 100), (16, 258, 64), (33, 62, 100)])

@@ -44,7 +44,7 @@ def test_all_of_it_is_here(device):
 def test_prefill(device, itemsize, dk, reread, monkeypatch):
     monkeypatch.setattr(segments, "choose", lambda *_: (64, reread))
     dtype = {4: torch.float32, 2: torch.float16 if device.type == "cpu" else torch.bfloat16}
-    check([200, 70], [3, 0], dk=dk, dv=128, dtype=dtype[itemsize], device=device)
+    check([330, 70], [3, 0], dk=dk, dv=128, dtype=dtype[itemsize], device=device)
 
 
 def test_decode(device):
@@ -53,5 +53,5 @@ def test_decode(device):
 
 
 def test_decode_with_a_ring(device):
-    ring.staggered(device, 128, 128, 5, torch.float16)
+    ring.test_a_staggered_batch_with_padding(device, 128, 128, 5, torch.float16)
     ring.test_bfloat16_state(device)
