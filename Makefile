@@ -13,10 +13,9 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --c
 serve: $(VENV)/.serve
 	exec $(VENV)/bin/steadystate serve --host $(HOST) --port $(PORT) $(ARGS)
 
-# two files at a time, a thread each: as many as the smallest machine has cores; bytecode is written,
-# or each of the processes that tests start would compile all of it
+# two files at a time, a thread each: as many as the smallest machine has cores
 test: lint
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile
 
 # Without Docker: buildah follows the Dockerfile on a Debian that debootstrap makes, under build/.
 # Debian's packages start prometheus and nginx as services; the tests use other ports and need neither.
@@ -27,6 +26,9 @@ test-deploy: $(VENV)/.deploy
 		--yes --quiet --no-install-recommends prometheus debootstrap buildah nginx-light; }
 	$(VENV)/bin/python -m tests.deploy.image
 	TEST_IMAGE=1 $(VENV)/bin/python -m pytest -rs tests/deploy
+
+# what is imported is compiled once, for all the processes that tests start: half of what is installed
+test lint: export PYTHONDONTWRITEBYTECODE =
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
@@ -50,7 +52,7 @@ $(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable '.[dev]'
+	$(PIP) --no-compile --editable '.[dev]'
 	@touch $@ $(VENV)/.serve
 
 $(VENV)/.deploy: pyproject.toml constraints.txt | $(VENV)/bin/python

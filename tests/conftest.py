@@ -12,6 +12,9 @@ try:
 
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+        from tests import interpreter
+
+        interpreter.quicken()
 except ImportError:
     pass
 

@@ -83,7 +83,7 @@ async def ask(cases: Sequence[Case], options: argparse.Namespace) -> list[bool]:
         async with gate:
             reply = await client.chat.completions.create(
                 model=model,
-                messages=[asdict(message) for message in case.messages],  # type: ignore[misc]
+                messages=[asdict(message) for message in case.messages],
                 temperature=0,
                 max_tokens=96,
             )

@@ -107,7 +107,13 @@ def test_the_decays_differ(tmp_path: Path) -> None:
 
 def test_the_flag_reaches_the_model(tmp_path: Path) -> None:
     bailing.write(tmp_path)
-    settings = Settings(model=str(tmp_path), decay_layer_factor="hf", device="cpu", max_running=1)
+    settings = Settings(
+        model=str(tmp_path),
+        decay_layer_factor="hf",
+        device="cpu",
+        max_running=1,
+        state_memory_gb=0.02,
+    )
     runner = engine_load(settings)
     assert isinstance(runner, ModelRunner)
     assert model_of(runner).config.layer_factor == "hf"

@@ -1,0 +1,119 @@
+"""Triton's interpreter, made quicker, with the same results bit for bit.
+
+Of itself it lists every member of triton.language to find the builtins, at each launch and at each
+call of a function by a kernel; makes a table of dtypes for every tensor and the tuples of its shape
+anew; computes whether integers overflow, for an assertion that is switched off; and goes element by
+element where a reduction is by a function of ours. That is most of the time kernels take there.
+"""
+
+import dataclasses
+import functools
+import inspect
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+_POINTER = np.dtype(np.uint64)
+_numpy_dtype = functools.cache(interpreter._get_np_dtype)
+_patch = interpreter._patch_lang
+_reduce_elements = interpreter.ReduceOps.generic_reduce
+
+
+def quicken() -> None:
+    """Before the first launch of the process, while none of triton.language is replaced."""
+    for where in (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base):
+        _builtins(where)
+    interpreter._patch_builtin = _patch_builtin
+    interpreter._patch_lang = _patch_lang
+    interpreter._get_np_dtype = _get_np_dtype
+    interpreter.ReduceOps.generic_reduce = _reduce
+    tl.block_type.__init__ = _block_type
+    tl.tensor.__init__ = _tensor
+    options = interpreter.interpreter_builder.options
+    assert not options.debug
+    unchecked = dataclasses.replace(options, sanitize_overflow=False)
+    interpreter.interpreter_builder.options = unchecked
+
+
+@functools.cache
+def _builtins(where: ModuleType | type) -> list[str]:
+    return [name for name, _ in inspect.getmembers(where, tl.core.is_builtin)]
+
+
+def _patch_builtin(where: ModuleType | type, builder: Any, scope: Any) -> None:
+    for name in _builtins(where):
+        member = getattr(where, name)
+        if tl.core.is_builtin(member):  # tl and tl.core are replaced one after the other
+            interpreter._patch_attr(where, name, member, builder, scope)
+
+
+def _patch_lang(function: Any) -> Any:
+    """In a call by a kernel nothing is left to replace: its launch, or a call before, did it."""
+    left = any(tl.core.is_builtin(where.load) for where in (tl, tl.core))
+    return _patch(function) if left else interpreter._LangPatchScope()
+
+
+def _get_np_dtype(dtype: tl.dtype) -> np.dtype:
+    scalar = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
+    return _POINTER if isinstance(scalar, tl.pointer_type) else _numpy_dtype(scalar)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """What tensors of a shape, and their types, share of it."""
+
+    ints: tl.tuple
+    constexprs: tl.tuple
+    numel: int
+    constexpr_numel: tl.constexpr
+
+
+@functools.cache
+def _shape(shape: tuple[int, ...]) -> _Shape:
+    numel = tl.core.validate_block_shape(shape)
+    constexprs = tl.tuple([tl.constexpr(n) for n in shape])
+    return _Shape(tl.tuple(shape), constexprs, numel, tl.constexpr(numel))
+
+
+def _block_type(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
+    if isinstance(shape, tl.constexpr):
+        shape = shape.value
+    shape = _shape(tuple([n.value if isinstance(n, tl.constexpr) else n for n in shape]))
+    if not shape.ints:
+        raise TypeError("0d block_type is forbidden")
+    self.element_ty = element_ty
+    self.shape = shape.ints
+    self.numel = shape.numel
+    self.name = f"<{shape.ints}, {element_ty}>"
+
+
+def _tensor(self: tl.tensor, handle: interpreter.TensorHandle, type: tl.dtype) -> None:
+    shape = _shape(tuple(type.shape.values) if type.is_block() else ())
+    self.handle = handle
+    self.type = type
+    self.dtype = type.scalar
+    self.shape = shape.constexprs
+    self.numel = shape.constexpr_numel
+
+
+def _reduce(self: Any, tensors: tuple[tl.tensor, ...]) -> list[tl.tensor]:
+    """Folds slices along the axis, one by one in the order in which elements would be."""
+    arrays = [tensor.handle.data for tensor in tensors]
+    if self.axis is None or arrays[0].ndim == 1:
+        return _reduce_elements(self, tensors)
+
+    def at(index: int) -> list[tl.tensor]:
+        slices = [array.take(index, self.axis) for array in arrays]
+        return [self.to_tensor(s, t.dtype) for s, t in zip(slices, tensors, strict=True)]
+
+    folded = at(0)
+    for index in range(1, arrays[0].shape[self.axis]):
+        result = self.combine_fn.fn(*folded, *at(index))
+        folded = list(result) if isinstance(result, tuple) else [result]
+    results = [tensor.handle.data for tensor in folded]
+    if self.keep_dims:
+        results = [np.expand_dims(result, self.axis) for result in results]
+    return [self.to_tensor(r, t.dtype) for r, t in zip(results, tensors, strict=True)]
