@@ -3,7 +3,7 @@
     python -m benchmarks.plot [CARD [PICTURE ...]]
 
 Needs matplotlib (the extra `bench`). CARD is the end of the result files' names, h200 for example;
-pictures are kernels, fairness, engine and serve.
+pictures are kernels, fairness, engine and serve; without any, all.
 """
 
 from __future__ import annotations
@@ -155,6 +155,7 @@ def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "steadystate"  # or names in the file differ by run
     from matplotlib import pyplot
 
     return pyplot
@@ -192,7 +193,7 @@ PICTURES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("card", nargs="?", default="h200")
-    parser.add_argument("pictures", nargs="*", default=["kernels"], help=", ".join(PICTURES))
+    parser.add_argument("pictures", nargs="*", default=list(PICTURES), help=", ".join(PICTURES))
     options = parser.parse_args()
     for picture in options.pictures:
         PICTURES[picture](options.card)

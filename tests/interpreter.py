@@ -19,6 +19,8 @@ from triton.runtime import interpreter
 _POINTER = np.dtype(np.uint64)
 _numpy_dtype = functools.cache(interpreter._get_np_dtype)
 _patch = interpreter._patch_lang
+_equal = tl.dtype.__eq__
+_broadcast = interpreter.TritonSemantic.broadcast_impl_value
 _reduce_elements = interpreter.ReduceOps.generic_reduce
 
 
@@ -30,6 +32,8 @@ def quicken() -> None:
     interpreter._patch_lang = _patch_lang
     interpreter._get_np_dtype = _get_np_dtype
     interpreter.ReduceOps.generic_reduce = _reduce
+    interpreter.TritonSemantic.broadcast_impl_value = _broadcast_impl_value
+    tl.dtype.__eq__ = _dtype_eq
     tl.block_type.__init__ = _block_type
     tl.tensor.__init__ = _tensor
     options = interpreter.interpreter_builder.options
@@ -59,6 +63,17 @@ def _patch_lang(function: Any) -> Any:
 def _get_np_dtype(dtype: tl.dtype) -> np.dtype:
     scalar = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
     return _POINTER if isinstance(scalar, tl.pointer_type) else _numpy_dtype(scalar)
+
+
+def _dtype_eq(self: tl.dtype, other: Any) -> bool:
+    return self is other or _equal(self, other)
+
+
+def _broadcast_impl_value(
+    self: Any, left: tl.tensor, right: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    same = getattr(left.type, "shape", None) is getattr(right.type, "shape", None)
+    return (left, right) if same else _broadcast(self, left, right)
 
 
 @dataclasses.dataclass(frozen=True)
