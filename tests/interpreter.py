@@ -84,25 +84,29 @@ class _Shape:
     constexprs: tl.tuple
     numel: int
     constexpr_numel: tl.constexpr
+    name: str
 
 
 @functools.cache
 def _shape(shape: tuple[int, ...]) -> _Shape:
     numel = tl.core.validate_block_shape(shape)
+    ints = tl.tuple(shape)
     constexprs = tl.tuple([tl.constexpr(n) for n in shape])
-    return _Shape(tl.tuple(shape), constexprs, numel, tl.constexpr(numel))
+    return _Shape(ints, constexprs, numel, tl.constexpr(numel), str(ints))
 
 
 def _block_type(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
     if isinstance(shape, tl.constexpr):
         shape = shape.value
-    shape = _shape(tuple([n.value if isinstance(n, tl.constexpr) else n for n in shape]))
-    if not shape.ints:
+    values = shape.values if isinstance(shape, tl.tuple) else shape
+    ints = tuple([n.value if isinstance(n, tl.constexpr) else n for n in values])
+    if not ints:
         raise TypeError("0d block_type is forbidden")
+    kept = _shape(ints)
     self.element_ty = element_ty
-    self.shape = shape.ints
-    self.numel = shape.numel
-    self.name = f"<{shape.ints}, {element_ty}>"
+    self.shape = kept.ints
+    self.numel = kept.numel
+    self.name = f"<{kept.name}, {element_ty.name}>"
 
 
 def _tensor(self: tl.tensor, handle: interpreter.TensorHandle, type: tl.dtype) -> None:
