@@ -15,7 +15,7 @@ serve: $(VENV)/.serve
 
 # two files at a time, a thread each: as many as the smallest machine has cores
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 # Without Docker: buildah follows the Dockerfile on a Debian that debootstrap makes, under build/.
 # Debian's packages start prometheus and nginx as services; the tests use other ports and need neither.

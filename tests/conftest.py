@@ -1,6 +1,7 @@
 """Without a GPU, Triton kernels run in Triton's interpreter; it must be told before the import."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +21,11 @@ except ImportError:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Beside a GPU the first test of a model waits until its kernels are compiled."""
+    """What takes longest begins first, or one process would be alone with it at the end.
+
+    Beside a GPU the first test of a model waits until its kernels are compiled.
+    """
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
     for item in items if os.environ.get("TRITON_INTERPRET") != "1" else ():
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(COMPILING_SECONDS))
