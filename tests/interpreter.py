@@ -43,15 +43,26 @@ def quicken() -> None:
 
 
 @functools.cache
-def _builtins(where: ModuleType | type) -> list[str]:
-    return [name for name, _ in inspect.getmembers(where, tl.core.is_builtin)]
+def _builtins(where: ModuleType | type) -> dict[str, Any]:
+    """What stands for each builtin of a module or class while a kernel runs."""
+    return {
+        name: _bound(getattr(member, "__wrapped__", member))
+        for name, member in inspect.getmembers(where, tl.core.is_builtin)
+    }
+
+
+def _bound(function: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        kwargs["_semantic"] = interpreter.interpreter_semantic
+        return function(*args, **kwargs)
+
+    return call
 
 
 def _patch_builtin(where: ModuleType | type, builder: Any, scope: Any) -> None:
-    for name in _builtins(where):
-        member = getattr(where, name)
-        if tl.core.is_builtin(member):  # tl and tl.core are replaced one after the other
-            interpreter._patch_attr(where, name, member, builder, scope)
+    for name, bound in _builtins(where).items():
+        if tl.core.is_builtin(getattr(where, name)):  # tl and tl.core are replaced by turns
+            scope.set_attr(where, name, bound)
 
 
 def _patch_lang(function: Any) -> Any:

@@ -153,7 +153,7 @@ class FakeRunner:
 
     def _draw(self, chunk: Chunk) -> Sampled:
         state, vocab_size = self.slots[chunk.slot], self.capacity.vocab_size or 256
-        if any(self.traps.get(id) == NAN for id in state):
+        if any(trap == NAN and id in state for id, trap in self.traps.items()):
             return Sampled(-1)
         if self.echo:
             prompt_length = len(state) - chunk.generated

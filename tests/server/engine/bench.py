@@ -194,10 +194,7 @@ class Bench:
             self.outputs.setdefault(output.id, []).append(output)
 
     def tokens(self, id: str) -> list[int]:
-        ids = array("i")
-        for output in self.outputs.get(id, []):
-            ids.frombytes(output.tokens)
-        return list(ids)
+        return array("i", b"".join([output.tokens for output in self.outputs.get(id, [])])).tolist()
 
     def finish_of(self, id: str) -> str | None:
         outputs = self.outputs.get(id)

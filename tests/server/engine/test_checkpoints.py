@@ -441,11 +441,12 @@ def test_many_users_over_few_documents_read_each_token_once(slots: int):
         bench.step()
         for id in [id for id in asked if bench.finish_of(id)]:
             user = asked.pop(id)
-            talks[user] += [5, *bench.tokens(id)[:-1]]
+            said = bench.tokens(id)
+            talks[user] += [5, *said[:-1]]
             prefix = 0
             for at, token in enumerate(talks[user]):
                 prefix = hash((prefix, token))
-                if at >= len(talks[user]) - len(bench.tokens(id)) + 1:
+                if at >= len(talks[user]) - len(said) + 1:
                     generated.add(prefix)
             talks[user].append(96)
             turns[user] += 1
