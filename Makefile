@@ -27,7 +27,7 @@ test-deploy: $(VENV)/.deploy
 	$(VENV)/bin/python -m tests.deploy.image
 	TEST_IMAGE=1 $(VENV)/bin/python -m pytest -rs tests/deploy
 
-# what is imported is compiled once, for all the processes that tests start: half of what is installed
+# of what is installed only what is imported is compiled, once for all the processes that tests start
 test lint: export PYTHONDONTWRITEBYTECODE =
 
 lint: $(VENV)/.test

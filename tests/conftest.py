@@ -21,7 +21,8 @@ except ImportError:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first, or one process would be alone with it at the end.
+    """Tests of the whole, in this folder, begin first: they take long, and at the end one process
+    would be alone with them.
 
     Beside a GPU the first test of a model waits until its kernels are compiled.
     """
